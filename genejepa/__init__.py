@@ -1,0 +1,42 @@
+"""genejepa: a joint-embedding predictive model of the transcriptome for AnnData.
+
+Names are imported on first use, so that ``import genejepa`` takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from genejepa._version import __version__
+
+if TYPE_CHECKING:
+    from genejepa import config, datasets, errors, evaluate, pl
+    from genejepa.api import embed, fit
+    from genejepa.model import GeneJEPA
+
+__all__ = [
+    "GeneJEPA",
+    "__version__",
+    "config",
+    "datasets",
+    "embed",
+    "errors",
+    "evaluate",
+    "fit",
+    "pl",
+]
+
+_HOME = {"GeneJEPA": "genejepa.model", "fit": "genejepa.api", "embed": "genejepa.api"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in __all__:
+        return importlib.import_module(f"genejepa.{name}")
+    raise AttributeError(f"module 'genejepa' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,212 @@
+"""Settings of a model and of its training: frozen dataclasses, validated, with a JSON round trip."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
+
+from genejepa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Transform = Literal["sqrt", "log1p"]
+Diversity = Literal["sliced_gaussian", "vicreg", "sigreg"]
+Likelihood = Literal["multinomial", "poisson", "negative_binomial"]
+Target = Literal["ema", "symmetric"]
+EncoderKind = Literal["gene_tokens", "mlp"]
+
+_C = TypeVar("_C")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the networks.
+
+    ``encoder="mlp"`` is the comparison arm of the benchmarks: a 512-512 perceptron over the panel.
+    """
+
+    encoder: EncoderKind = "gene_tokens"
+    embedding_dim: int = 64
+    """Length of the cell vector."""
+    n_latents: int = 4
+    """Perceiver latents that read the gene tokens."""
+    dim: int = 64
+    """Width of a gene token and of a latent."""
+    n_heads: int = 8
+    """Heads of the read-in attention; divides ``dim``."""
+    n_layers: int = 1
+    """Transformer blocks over the latents."""
+    predictor_dim: int = 256
+    dropout: float = 0.1
+    transform: Transform = "sqrt"
+    """Variance-stabilising function of the depth-normalised counts."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_at_least(self, 1, "embedding_dim", "n_latents", "dim", "n_heads", "predictor_dim")
+        _check_at_least(self, 0, "n_layers")
+        _check_range(self, 0.0, 0.9, "dropout")
+        if self.dim % self.n_heads:
+            raise ConfigError(
+                f"`n_heads` is {self.n_heads}, which does not divide `dim`={self.dim}.",
+                fix="choose `dim` as a multiple of `n_heads`.",
+            )
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """How the panel is cut into gene blocks and which blocks a view may see."""
+
+    n_blocks: int = 16
+    """Blocks of nearly equal size that partition the panel, drawn anew at every step; a power of two."""
+    min_keep: float = 0.3
+    max_keep: float = 0.7
+    """The first view sees a share of the blocks drawn from U(min_keep, max_keep); the second sees the rest."""
+    module_fraction: float = 0.5
+    """Share of the steps whose blocks are co-expression modules; the others use random blocks."""
+    n_targets: int = 1
+    """Target blocks asked for per view, in addition to the whole cell. 1: all that the view cannot see."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 2, "n_blocks")
+        _check_at_least(self, 1, "n_targets")
+        if self.n_blocks & (self.n_blocks - 1):
+            raise ConfigError(
+                f"`n_blocks` is {self.n_blocks}, which is not a power of two.", fix="choose 8, 16 or 32."
+            )
+        _check_range(self, 0.0, 1.0, "min_keep", "max_keep", "module_fraction")
+        if self.min_keep > self.max_keep:
+            raise ConfigError(
+                f"`min_keep`={self.min_keep} is above `max_keep`={self.max_keep}.", fix="swap the two."
+            )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights and kinds of the objectives; a weight of 0 switches one off. See ``docs/objectives.md``."""
+
+    prediction: float = 1.0
+    diversity: float = 1.0
+    invariance: float = 1.0
+    information: float = 0.05
+    """Weight per nat of a cell's counts."""
+    contrastive: float = 0.0
+    diversity_kind: Diversity = "sliced_gaussian"
+    likelihood: Likelihood = "multinomial"
+    target: Target = "ema"
+    n_slices: int = 128
+    """Random directions of the sliced regularisers."""
+    temperature: float = 0.1
+    """Temperature of the contrastive objective."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("prediction", "diversity", "invariance", "information", "contrastive"):
+            _check_range(self, 0.0, float("inf"), name)
+        _check_at_least(self, 1, "n_slices")
+        _check_range(self, 1e-6, float("inf"), "temperature")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimiser and length of training."""
+
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.02
+    warmup_fraction: float = 0.1
+    """Share of the steps over which the learning rate rises linearly; a cosine takes it down afterwards."""
+    gradient_clip: float = 1.0
+    max_epochs: int | None = None
+    """Passes over the cells; None: as many as give about ``target_steps`` steps."""
+    target_steps: int = 600
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 2, "batch_size")
+        _check_at_least(self, 1, "target_steps")
+        if self.max_epochs is not None:
+            _check_at_least(self, 1, "max_epochs")
+        _check_range(self, 0.0, float("inf"), "learning_rate", "weight_decay", "gradient_clip")
+        _check_range(self, 0.0, 1.0, "warmup_fraction")
+
+
+@dataclass(frozen=True)
+class GeneJEPAConfig:
+    """All settings of a model; what ``config.json`` stores."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionary of plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GeneJEPAConfig:
+        """Inverse of :meth:`to_dict`; unknown or missing sections raise :class:`ConfigError`."""
+        sections = {f.name: f for f in fields(cls)}
+        _check_known(values, sections, where="configuration")
+        types = get_type_hints(cls)
+        return cls(**{name: build(types[name], values.get(name, {})) for name in sections})
+
+    def updated(self, **changes: object) -> GeneJEPAConfig:
+        """Copy with single settings changed by name, whichever section holds them.
+
+        Raises
+        ------
+        ConfigError
+            For a name that no section has.
+        """
+        values = self.to_dict()
+        for name, value in changes.items():
+            for section in values.values():
+                if name in section:
+                    section[name] = value
+                    break
+            else:
+                known = sorted(key for section in values.values() for key in section)
+                raise ConfigError(
+                    f"`{name}` is not a setting of genejepa.", fix=f"use one of: {', '.join(known)}."
+                )
+        return type(self).from_dict(values)
+
+
+def build(cls: type[_C], values: Mapping[str, Any]) -> _C:
+    """Make dataclass ``cls`` from a mapping; unknown keys raise :class:`ConfigError`."""
+    _check_known(values, {f.name for f in fields(cls)}, where=cls.__name__)  # type: ignore[arg-type]  # a dataclass
+    return cls(**values)
+
+
+def _check_known(values: Mapping[str, Any], known: object, *, where: str) -> None:
+    unknown = sorted(set(values) - set(known))  # type: ignore[call-overload]  # any iterable of names
+    if unknown:
+        raise ConfigError(
+            f"{where} has the unknown entries {unknown}.",
+            fix="remove them, or install the version of genejepa that wrote them.",
+        )
+
+
+def _check_choices(config: object) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        allowed = get_args(hint)
+        value = getattr(config, name)
+        if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
+            raise ConfigError(f"`{name}` is {value!r}.", fix=f"use one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_at_least(config: object, low: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a whole number of at least {low}.")
+
+
+def _check_range(config: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a number from {low} to {high}.")

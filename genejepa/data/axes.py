@@ -1,0 +1,75 @@
+"""Principal axes of the panel genes: start of the encoder's value tables, and space of co-expression modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from genejepa.data.normalization import Normalizer
+    from genejepa.data.panel import PanelCounts
+
+_MAX_CELLS = 8192
+"""Axes are estimated on at most this many cells: 64 MB of values for 2,000 genes, whatever the data size."""
+
+_MODULE_COMPONENTS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class PrincipalAxes:
+    """Leading principal axes of the normalised values.
+
+    Attributes
+    ----------
+    axes : (n_genes, n_components)
+        Orthonormal columns, by falling variance.
+    deviations : (n_components,)
+        Standard deviation of the cells along each axis.
+    """
+
+    axes: NDArray[np.float32]
+    deviations: NDArray[np.float32]
+
+    def module_loadings(self) -> NDArray[np.float32]:
+        """Position of each gene among the leading axes, on the unit sphere, (n_genes, <= 16)."""
+        loadings = (self.axes * self.deviations)[:, :_MODULE_COMPONENTS]
+        return loadings / np.maximum(np.linalg.norm(loadings, axis=1, keepdims=True), 1e-8)
+
+    def start_tables(self, dim: int, *, seed: int) -> NDArray[np.float32]:
+        """Value tables, (n_genes, min(dim, n_components)), that span the axes.
+
+        A random rotation spreads every axis over all columns and hence over all attention heads; the entries have
+        root mean square 1.
+        """
+        axes = self.axes[:, :dim]
+        rng = np.random.default_rng([seed, 4])
+        rotation, _ = np.linalg.qr(rng.standard_normal((axes.shape[1], axes.shape[1])))
+        rotated = axes @ rotation.astype(np.float32)
+        return np.ascontiguousarray(rotated / np.sqrt(np.mean(rotated**2)))
+
+    def spread(self, tables: NDArray[np.float32]) -> float:
+        """Root mean square over cells of the products ``values @ tables``."""
+        along = (self.axes.T @ tables) * self.deviations[:, None]
+        return float(np.sqrt(np.mean(np.sum(along**2, axis=0))))
+
+
+def principal_axes(
+    counts: PanelCounts, normalizer: Normalizer, *, n_components: int, seed: int
+) -> PrincipalAxes:
+    """Estimate axes by a randomised singular value decomposition (Halko et al. 2011, arXiv:0909.4061).
+
+    Values are centred already, so no mean is taken out.
+    """
+    n = min(counts.n_obs, _MAX_CELLS)
+    index = np.sort(np.random.default_rng([seed, 5]).permutation(counts.n_obs)[:n])
+    values = torch.from_numpy(normalizer.dense(counts, index)[0])
+    k = min(n_components, *values.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # svd_lowrank draws from the global generator
+        _, singular, axes = torch.svd_lowrank(values, q=min(k + 8, *values.shape), niter=2)
+    return PrincipalAxes(axes[:, :k].contiguous().numpy(), (singular[:k] / np.sqrt(n)).numpy())

@@ -1,0 +1,153 @@
+"""Training batches as a pure function of (seed, step), so that workers, restarts and ranks change nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from genejepa.data.masking import draw_masks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from genejepa.config import MaskConfig
+    from genejepa.data.normalization import Normalizer
+    from genejepa.data.panel import PanelCounts
+
+_ORDER_STREAM = 2
+
+
+class Batch(TypedDict):
+    """One training step: cells, gene blocks, and the blocks that views see and targets hold.
+
+    Shapes: values and counts (batch, n_genes); blocks (n_blocks, block_size); views (2, batch, n_blocks);
+    targets (2, n_targets, batch, n_blocks); step ().
+    """
+
+    values: Tensor
+    counts: Tensor
+    blocks: Tensor
+    views: Tensor
+    targets: Tensor
+    step: Tensor
+
+
+class StepDataset(Dataset[Batch]):
+    """Map a step number to its batch.
+
+    Cells are visited in a new order in every epoch; a last incomplete batch is filled up from the next order, so
+    that all steps have one shape.
+
+    Parameters
+    ----------
+    counts
+        Training cells.
+    loadings : (n_genes, n_components)
+        Principal axes, for the co-expression modules.
+    rank, world_size
+        This process takes every ``world_size``-th cell of the batch.
+    """
+
+    def __init__(
+        self,
+        counts: PanelCounts,
+        normalizer: Normalizer,
+        *,
+        loadings: NDArray[np.float32],
+        masks: MaskConfig,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.counts = counts
+        self.normalizer = normalizer
+        self.loadings = loadings
+        self.masks = masks
+        self.batch_size = min(batch_size, counts.n_obs)
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.steps_per_epoch = -(-counts.n_obs // self.batch_size)
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def cells(self, step: int) -> NDArray[np.int64]:
+        """Positions of the cells of a step over all ranks, (batch_size,)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        start = within * self.batch_size
+        index = self._epoch_order(epoch)[start : start + self.batch_size]
+        missing = self.batch_size - len(index)
+        if missing:
+            index = np.concatenate([index, self._shuffled(epoch + 1)[:missing]])
+        return index
+
+    def __getitem__(self, step: int) -> Batch:
+        share = slice(self.rank, None, self.world_size)
+        index = self.cells(step)[share]
+        values, counts = self.normalizer.dense(self.counts, index)
+        masks = draw_masks(
+            self.masks, loadings=self.loadings, batch_size=self.batch_size, seed=self.seed, step=step
+        )
+        return Batch(
+            values=torch.from_numpy(values),
+            counts=torch.from_numpy(counts),
+            blocks=torch.from_numpy(masks.blocks),
+            views=torch.from_numpy(masks.views[:, share].astype(np.float32)),
+            targets=torch.from_numpy(masks.targets[:, :, share].astype(np.float32)),
+            step=torch.tensor(step),
+        )
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self._shuffled(epoch))
+        return self._order[1]
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self.seed, _ORDER_STREAM, epoch]).permutation(self.counts.n_obs)
+
+
+class StepSampler(Sampler[int]):
+    """Absolute step numbers of the current epoch."""
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before every epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * self.steps_per_epoch
+        return iter(range(start, start + self.steps_per_epoch))
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+
+def step_loader(
+    dataset: StepDataset, *, num_workers: int = 0, pin_memory: bool = False, new_every_epoch: bool = True
+) -> DataLoader[Batch]:
+    """Loader of whole steps; the dataset makes the batch, so no collation is needed.
+
+    With ``new_every_epoch=False`` every pass gives the steps of epoch 0, as a fixed validation set needs. Workers
+    are spawned, not forked: a fork after torch has started threads can hang.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=StepSampler(dataset.steps_per_epoch) if new_every_epoch else None,
+        num_workers=num_workers,
+        multiprocessing_context="spawn" if num_workers else None,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,46 @@
+"""Embed cells with a trained encoder: 32-bit, deterministic, independent of batch mates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from genejepa.data.normalization import Normalizer
+    from genejepa.data.panel import PanelCounts
+    from genejepa.nn.encoder import CellEncoder
+
+
+@torch.no_grad()
+def encode_cells(
+    encoder: CellEncoder,
+    counts: PanelCounts,
+    normalizer: Normalizer,
+    *,
+    index: NDArray[np.integer],
+    keep: NDArray[np.bool_] | None = None,
+    batch_size: int = 1024,
+) -> NDArray[np.float32]:
+    """Cell vectors, (len(index), embedding_dim).
+
+    Parameters
+    ----------
+    index
+        Positions of the cells.
+    keep : (n_genes,)
+        Genes that were measured; None for all.
+    """
+    encoder.eval()
+    keep_mask = None if keep is None else torch.from_numpy(keep)
+    vectors = []
+    for start in range(0, len(index), batch_size):
+        cells = index[start : start + batch_size]
+        # A product with one row takes another kernel and rounds otherwise: never pass a single cell.
+        padded = np.repeat(cells, 2) if len(cells) == 1 else cells
+        values, _ = normalizer.dense(counts, padded, keep=keep)
+        vectors.append(encoder(torch.from_numpy(values), keep_mask)[: len(cells)])
+    return torch.cat(vectors).numpy() if vectors else np.empty((0, encoder.embedding_dim), np.float32)

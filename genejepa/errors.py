@@ -1,0 +1,62 @@
+"""Errors and warnings of genejepa.
+
+Every message says what was found, where, what was expected, and ends with a line that starts with ``Fix:``.
+"""
+
+from __future__ import annotations
+
+
+class GeneJEPAError(Exception):
+    """Base of all errors raised on purpose by genejepa.
+
+    Parameters
+    ----------
+    problem
+        What was found, in which slot, and what was expected.
+    fix
+        What the user can do about it; printed on a line of its own after ``Fix:``.
+    """
+
+    def __init__(self, problem: str, *, fix: str) -> None:
+        super().__init__(f"{problem}\nFix: {fix}")
+        self.problem = problem
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.problem}\nFix: {self.fix}"
+
+
+class DataError(GeneJEPAError, ValueError):
+    """The content of an AnnData cannot be used."""
+
+
+class MissingKeyError(DataError, KeyError):
+    """A layer, obs, var, obsm or uns key does not exist."""
+
+
+class GeneMismatchError(DataError):
+    """The genes of an AnnData do not match the genes of a model."""
+
+
+class NotTrainedError(GeneJEPAError, RuntimeError):
+    """A trained model is needed, and this one is not."""
+
+
+class ModelFileError(GeneJEPAError, ValueError):
+    """A model directory is missing, incomplete, damaged, or of another format."""
+
+
+class ConfigError(GeneJEPAError, ValueError):
+    """A parameter has a value outside its range."""
+
+
+class TrainingDivergedError(GeneJEPAError, RuntimeError):
+    """The training loss became NaN or infinite."""
+
+
+class CollapseWarning(UserWarning):
+    """The embedding is losing its dimensions, or all cells look alike."""
+
+
+class TrainingInterruptedWarning(UserWarning):
+    """Training was stopped by the user before its end; the model is usable."""

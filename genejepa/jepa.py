@@ -1,0 +1,121 @@
+"""The joint-embedding predictive architecture: context encoder, target encoder, predictor, count read-out.
+
+No optimiser, logging, masking or loss lives here.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from genejepa.nn.encoder import GeneTokenEncoder, make_encoder
+from genejepa.nn.likelihood import CountReadout
+from genejepa.nn.predictor import GeneSetPredictor
+
+if TYPE_CHECKING:
+    from genejepa.config import ModelConfig, Target
+    from genejepa.data.loader import Batch
+
+
+@dataclass(frozen=True)
+class JEPAOutput:
+    """What one batch yields; the objectives take it from here.
+
+    Attributes
+    ----------
+    views : (2, batch, dim)
+        Context vectors of the two complementary views.
+    whole : (batch, dim)
+        Context encoder's vector of the whole cell.
+    predicted_sets, target_sets : (2, n_targets, batch, dim)
+        For each view, the vectors of its target gene sets: predicted, and by the target encoder.
+    predicted_cell : (2, batch, dim)
+        Vector of the whole cell predicted from each view.
+    target_cell : (batch, dim)
+        Vector of the whole cell by the target encoder.
+    """
+
+    views: Tensor
+    whole: Tensor
+    predicted_sets: Tensor
+    target_sets: Tensor
+    predicted_cell: Tensor
+    target_cell: Tensor
+
+
+class JEPA(nn.Module):
+    """Context encoder, its moving average, a predictor asked for named gene sets, and a count read-out.
+
+    Parameters
+    ----------
+    n_genes
+        Genes of the panel.
+    log_frequency : (n_genes,)
+        Log of the mean share of each gene in the counts.
+    """
+
+    def __init__(self, n_genes: int, config: ModelConfig, log_frequency: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = make_encoder(n_genes, config)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(requires_grad=False).eval()
+        self.predictor = GeneSetPredictor(n_genes, dim=config.embedding_dim, hidden=config.predictor_dim)
+        self.readout = CountReadout(config.embedding_dim, log_frequency)
+
+    def train(self, mode: bool = True) -> JEPA:  # noqa: FBT001, FBT002  # signature of nn.Module
+        """Set the mode of all parts but the target encoder, which has no dropout in training either."""
+        super().train(mode)
+        self.target_encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def start_from_axes(self, axes: Tensor, spread: float) -> None:
+        """Start the value tables of both encoders in the space of the principal axes of the data.
+
+        A random table reads random projections of the genes and spends most of a short training on finding the
+        directions that vary; see ``docs/objectives.md`` for what this start is worth.
+
+        Parameters
+        ----------
+        axes : (n_genes, <= dim)
+            Axes scaled to the weight each should have.
+        spread
+            Root mean square of ``values @ axes`` over training cells; sets the scale of the read-in.
+        """
+        for encoder in (self.encoder, self.target_encoder):
+            if isinstance(encoder, GeneTokenEncoder):
+                encoder.values[:, : axes.shape[1]] = axes
+                encoder.log_scale.fill_(float(torch.log(torch.tensor(encoder.n_genes / (4.0 * spread)))))
+
+    def forward(self, batch: Batch, *, target: Target = "ema") -> JEPAOutput:
+        """Encode the views, the targets and the whole cell of a batch, and predict the targets.
+
+        The target encoder is given sets of genes of the whole cell, visible or not, without gradient. With
+        ``target="symmetric"`` the context encoder makes the targets itself, with gradient.
+        """
+        values, blocks = batch["values"], batch["blocks"]
+        sets = batch["targets"].flatten(0, 1)  # (2 * n_targets, batch, n_blocks)
+        everything = torch.ones_like(batch["views"][:1])
+        if target == "symmetric":
+            encoded = self.encoder.views(values, blocks, torch.cat([batch["views"], everything, sets]))
+            first, second, whole, *_ = encoded
+            views, target_cell, target_sets = torch.stack([first, second]), whole, encoded[3:]
+        else:
+            encoded = self.encoder.views(values, blocks, torch.cat([batch["views"], everything]))
+            views, whole = encoded[:2], encoded[2]
+            with torch.no_grad():
+                targets = self.target_encoder.views(values, blocks, torch.cat([everything, sets]))
+            target_cell, target_sets = targets[0], targets[1:]
+        queries = self.predictor.set_queries(blocks, batch["targets"])
+        return JEPAOutput(
+            views=views,
+            whole=whole,
+            predicted_sets=self.predictor(views[:, None], queries),
+            target_sets=target_sets.view_as(queries),
+            predicted_cell=self.predictor(views),
+            target_cell=target_cell,
+        )

@@ -1,0 +1,162 @@
+"""Cell encoders: gene tokens read by latents, or (for comparison) a perceptron over the panel."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genejepa.nn.attention import GeneTables, Read, gene_tables, read_blocks, read_dense, read_ragged
+
+if TYPE_CHECKING:
+    from genejepa.config import ModelConfig
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and perceptron over the latents of a cell (Xiong et al. 2020, arXiv:2002.04745)."""
+
+    def __init__(self, dim: int, *, n_heads: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.attention_norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Map (batch, n_latents, dim) to the same shape."""
+        n_cells, n_latents, dim = latents.shape
+        qkv = self.qkv(self.attention_norm(latents)).view(n_cells, n_latents, 3, self.n_heads, -1)
+        if qkv.device.type == "cpu":
+            qkv = qkv.float()  # torch's CPU kernel for a handful of latents is three times slower in bfloat16
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n_cells, n_latents, dim)
+        latents = latents + self.dropout(self.out(mixed))
+        return latents + self.dropout(self.mlp(self.mlp_norm(latents)))
+
+
+class GeneTokenEncoder(nn.Module):
+    """Perceiver over gene tokens: latents read the visible genes, mix, and are joined into the cell vector.
+
+    Parameters
+    ----------
+    n_genes
+        Genes of the panel.
+    config
+        Sizes.
+
+    Notes
+    -----
+    Values are the normalised expression of :class:`genejepa.data.normalization.Normalizer`. A visible zero is a
+    token like any other (its centred value is negative); a gene that is not kept is absent.
+    """
+
+    def __init__(self, n_genes: int, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.n_genes = n_genes
+        self.n_latents = config.n_latents
+        self.n_heads = config.n_heads
+        self.queries = nn.Parameter(0.3 * torch.randn(self.n_latents, dim))
+        self.keys = nn.Parameter(torch.randn(n_genes, dim))
+        self.values = nn.Parameter(torch.randn(n_genes, dim))
+        self.identities = nn.Parameter(0.02 * torch.randn(n_genes, dim))
+        self.latents = nn.Parameter(0.02 * torch.randn(self.n_latents, dim))
+        # A mean over n_genes independent standard values has deviation 1/sqrt(n_genes); start at a quarter.
+        self.log_scale = nn.Parameter(torch.tensor(math.log(math.sqrt(n_genes) / 4)))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim, n_heads=math.gcd(dim, 2), dropout=config.dropout)
+            for _ in range(config.n_layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(self.n_latents * dim, config.embedding_dim)
+
+    def tables(self) -> GeneTables:
+        """Per-gene tables under the present weights; compute once per step."""
+        return gene_tables(self.queries, self.keys, self.values, self.identities, self.n_heads)
+
+    def cell_vector(self, read: Read) -> Tensor:
+        """Cell vectors, (..., embedding_dim), of the reads of any number of views."""
+        shape = read.numerator.shape[:-1]
+        latents = read.normalised(n_latents=self.n_latents, n_heads=self.n_heads)
+        latents = (latents * self.log_scale.exp() + self.latents).flatten(0, -3)
+        for block in self.blocks:
+            latents = block(latents)
+        vector: Tensor = self.head(self.norm(latents).flatten(1))
+        return vector.float().view(*shape, -1)
+
+    def views(self, values: Tensor, blocks: Tensor, membership: Tensor) -> Tensor:
+        """Cell vectors of several views of a batch, each view a set of gene blocks.
+
+        Parameters
+        ----------
+        values : (batch, n_genes)
+        blocks : (n_blocks, block_size), int64
+            See :func:`genejepa.nn.attention.read_blocks`.
+        membership : (n_views, batch, n_blocks)
+            1 where the view sees the block.
+
+        Returns
+        -------
+        (n_views, batch, embedding_dim)
+        """
+        return self.cell_vector(read_blocks(self.tables(), values, blocks).select(membership))
+
+    def forward(self, values: Tensor, keep_mask: Tensor | None = None) -> Tensor:
+        """Cell vectors, (batch, embedding_dim).
+
+        Parameters
+        ----------
+        values : (batch, n_genes)
+        keep_mask : (n_genes,) or (batch, n_genes), bool
+            True = use the gene.
+        """
+        return self.cell_vector(read_dense(self.tables(), values, keep_mask))
+
+    def forward_ragged(self, gene_ids: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+        """Cell vectors of cells given as token lists; see :func:`genejepa.nn.attention.read_ragged`."""
+        return self.cell_vector(read_ragged(self.tables(), gene_ids, values, offsets))
+
+
+class MLPEncoder(nn.Module):
+    """A 512-512 perceptron over the panel, the comparison arm of the gene-token encoder.
+
+    Masked genes are set to 0, the mean, and the rest is divided by the visible share.
+    """
+
+    def __init__(self, n_genes: int, config: ModelConfig, *, hidden: int = 512) -> None:
+        super().__init__()
+        self.n_genes = n_genes
+        layers: list[nn.Module] = []
+        for width in (n_genes, hidden):
+            layers += [nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(config.dropout)]
+        self.net = nn.Sequential(*layers, nn.Linear(hidden, config.embedding_dim))
+
+    def views(self, values: Tensor, blocks: Tensor, membership: Tensor) -> Tensor:
+        """As :meth:`GeneTokenEncoder.views`."""
+        block_of_gene = values.new_zeros(self.n_genes + 1, dtype=torch.int64)
+        block_of_gene[blocks] = torch.arange(len(blocks), device=blocks.device)[:, None]
+        keep_mask = membership[..., block_of_gene[:-1]] > 0  # (n_views, batch, n_genes)
+        flat = self(values.expand(len(membership), -1, -1).flatten(0, 1), keep_mask.flatten(0, 1))
+        return flat.view(*membership.shape[:2], -1)
+
+    def forward(self, values: Tensor, keep_mask: Tensor | None = None) -> Tensor:
+        """As :meth:`GeneTokenEncoder.forward`."""
+        if keep_mask is not None:
+            share = keep_mask.float().mean(-1, keepdim=True).clamp_min(1e-6)
+            values = torch.where(keep_mask, values, 0.0) / share
+        vector: Tensor = self.net(values)
+        return vector.float()
+
+
+CellEncoder = GeneTokenEncoder | MLPEncoder
+
+
+def make_encoder(n_genes: int, config: ModelConfig) -> CellEncoder:
+    """Encoder of the kind that ``config.encoder`` names."""
+    return MLPEncoder(n_genes, config) if config.encoder == "mlp" else GeneTokenEncoder(n_genes, config)

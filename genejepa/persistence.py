@@ -1,0 +1,178 @@
+"""Files: atomic writes, and the directory that holds a model.
+
+A model directory has ``model.safetensors`` (weights and normalisation arrays), ``config.json`` (settings, genes'
+source, training record) and ``genes.csv`` (the panel in order). Nothing is pickled, so loading runs no code.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genejepa._constants import CONFIG_FILE, GENES_FILE, MODEL_FORMAT_VERSION, WEIGHTS_FILE
+from genejepa.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_GENE_COLUMNS = ("gene", "mean", "frequency")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """Content of a model directory.
+
+    Attributes
+    ----------
+    config
+        Parsed ``config.json``.
+    tensors
+        Weights by name.
+    genes
+        Panel in order, with the mean transformed value and the frequency of each gene.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    genes: list[str]
+    mean: np.ndarray[Any, np.dtype[np.float32]]
+    frequency: np.ndarray[Any, np.dtype[np.float32]]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part of it.
+
+    The bytes go to a temporary file in the same directory, which is flushed to disk and renamed; the directory
+    entry is flushed too. The file gets the permissions that ``umask`` allows.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101  # mkstemp gives 0600, unreadable to colleagues
+        os.replace(temporary, path)  # noqa: PTH105  # both are names, not Path objects
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def save_model(dir_path: Path, stored: StoredModel, *, overwrite: bool = False) -> None:
+    """Write a model directory; the configuration comes last, so an incomplete directory is recognised.
+
+    Raises
+    ------
+    FileExistsError
+        If the directory holds files and ``overwrite`` is False.
+    """
+    from safetensors.torch import save as tensors_to_bytes
+
+    if dir_path.exists() and not dir_path.is_dir():
+        raise FileExistsError(f"{dir_path} exists and is not a directory")
+    if dir_path.is_dir() and any(dir_path.iterdir()) and not overwrite:
+        raise FileExistsError(f"{dir_path} is not empty.\nFix: choose another name, or pass `overwrite=True`.")
+    dir_path.mkdir(parents=True, exist_ok=True)
+    (dir_path / CONFIG_FILE).unlink(missing_ok=True)
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in stored.tensors.items()}
+    write_atomically(dir_path / WEIGHTS_FILE, tensors_to_bytes(contiguous))
+    write_atomically(dir_path / GENES_FILE, _genes_to_csv(stored))
+    config = {"format": "genejepa", "format_version": MODEL_FORMAT_VERSION, **stored.config}
+    write_atomically(dir_path / CONFIG_FILE, json.dumps(config, indent=2, allow_nan=False).encode())
+
+
+def load_model(dir_path: Path) -> StoredModel:
+    """Read a model directory.
+
+    Raises
+    ------
+    ModelFileError
+        If a file is missing or damaged, or was written by a newer version.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as tensors_from_bytes
+
+    config = _read_config(dir_path)
+    try:
+        tensors = tensors_from_bytes((dir_path / WEIGHTS_FILE).read_bytes())
+    except SafetensorError as error:
+        raise _damaged(dir_path / WEIGHTS_FILE, str(error)) from error
+    except FileNotFoundError as error:
+        raise _damaged(dir_path / WEIGHTS_FILE, "the file is missing") from error
+    genes, mean, frequency = _read_genes(dir_path / GENES_FILE)
+    return StoredModel(config, tensors, genes, mean, frequency)
+
+
+def _read_config(dir_path: Path) -> dict[str, Any]:
+    path = dir_path / CONFIG_FILE
+    if not path.is_file():
+        raise ModelFileError(
+            f"{dir_path} is not a model directory: it has no {CONFIG_FILE}.",
+            fix="give the directory that `model.save(...)` or `genejepa fit -o ...` wrote.",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(config, dict) or config.get("format") != "genejepa":
+        raise _damaged(path, "it does not describe a genejepa model")
+    version = config.get("format_version")
+    if version != MODEL_FORMAT_VERSION:
+        raise ModelFileError(
+            f"{path} has format version {version!r}; this genejepa reads version {MODEL_FORMAT_VERSION}.",
+            fix="install the version of genejepa named in the file's `version` entry.",
+        )
+    return config
+
+
+def _genes_to_csv(stored: StoredModel) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_GENE_COLUMNS)
+    # repr of a float32 as a Python float is exact, so that reading returns the same bits
+    for gene, mean, frequency in zip(stored.genes, stored.mean, stored.frequency, strict=True):
+        writer.writerow([gene, repr(float(mean)), repr(float(frequency))])
+    return text.getvalue().encode()
+
+
+def _read_genes(
+    path: Path,
+) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.float32]]]:
+    try:
+        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
+        if tuple(rows[0]) != _GENE_COLUMNS:
+            raise ValueError(f"the header is {rows[0]}")
+        genes = [row[0] for row in rows[1:]]
+        numbers = np.array([[float(row[1]), float(row[2])] for row in rows[1:]], dtype=np.float32)
+    except (ValueError, IndexError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    return genes, numbers[:, 0].copy(), numbers[:, 1].copy()
+
+
+def _damaged(path: Path, reason: str) -> ModelFileError:
+    return ModelFileError(f"{path} cannot be read: {reason}.", fix="save the model again, or copy it again.")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a directory
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

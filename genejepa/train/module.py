@@ -1,0 +1,162 @@
+"""The Lightning module: weigh the objectives, step the optimiser, then the target encoder."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from genejepa._lightning import LightningModule
+from genejepa.errors import TrainingDivergedError
+from genejepa.nn.ema import ema_decay, update_average
+from genejepa.objectives import (
+    contrastive_loss,
+    diversity_loss,
+    information_loss,
+    invariance_loss,
+    prediction_loss,
+)
+from genejepa.objectives.diversity import random_directions
+
+if TYPE_CHECKING:
+    from genejepa.config import ObjectiveConfig, TrainConfig
+    from genejepa.data.loader import Batch
+    from genejepa.jepa import JEPA, JEPAOutput
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
+    """Factor of the learning rate: linear rise, then a cosine to zero.
+
+    Returns
+    -------
+    In (0, 1]; never 0 at the first step.
+    """
+    warmup = max(1, round(warmup_fraction * total_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(1, total_steps - warmup), 1.0)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class JEPAModule(LightningModule):
+    """Train a :class:`genejepa.jepa.JEPA` on batches of :class:`genejepa.data.loader.StepDataset`.
+
+    Parameters
+    ----------
+    total_steps
+        Length of the schedules of the learning rate and of the target encoder's decay.
+    """
+
+    def __init__(
+        self, jepa: JEPA, *, objectives: ObjectiveConfig, train_config: TrainConfig, total_steps: int
+    ) -> None:
+        super().__init__()
+        self.jepa = jepa
+        self.network: Any = jepa
+        """What the training step calls: the architecture, or its compiled form."""
+        self.objectives = objectives
+        self.train_config = train_config
+        self.total_steps = total_steps
+        self.last_terms: dict[str, Tensor] = {}
+        """Objectives of the last step, unweighted and detached."""
+        self.last_vectors: Tensor | None = None
+        """Whole-cell vectors of the last step, detached."""
+
+    def terms(self, output: JEPAOutput, batch: Batch) -> dict[str, Tensor]:
+        """Every objective with a weight above zero, unweighted."""
+        config = self.objectives
+        terms: dict[str, Tensor] = {}
+        if config.prediction > 0:
+            terms["prediction"] = prediction_loss(output.predicted_sets, output.target_sets) + prediction_loss(
+                output.predicted_cell, output.target_cell.expand_as(output.predicted_cell)
+            )
+        if config.invariance > 0:
+            terms["invariance"] = invariance_loss(output.views)
+        if config.diversity > 0:
+            directions = random_directions(
+                output.views.shape[-1],
+                config.n_slices,
+                seed=self.train_config.seed,
+                step=int(batch["step"]),
+                device=output.views.device,
+            )
+            terms["diversity"] = torch.stack(
+                [diversity_loss(z, kind=config.diversity_kind, directions=directions) for z in output.views]
+            ).mean()
+        if config.information > 0:
+            readout = self.jepa.readout
+            terms["information"] = information_loss(
+                readout(output.whole),
+                batch["counts"],
+                readout.log_frequency,
+                likelihood=config.likelihood,
+                log_dispersion=readout.log_dispersion,
+            )
+        if config.contrastive > 0:
+            terms["contrastive"] = contrastive_loss(*output.views, temperature=config.temperature)
+        return terms
+
+    def weighted_loss(self, batch: Batch) -> Tensor:
+        """Weighted sum of the objectives on a batch; keeps the terms for the log."""
+        output = self.network(batch, target=self.objectives.target)
+        terms = self.terms(output, batch)
+        self.last_terms = {name: term.detach() for name, term in terms.items()}
+        self.last_vectors = output.whole.detach()
+        return torch.stack([getattr(self.objectives, name) * term for name, term in terms.items()]).sum()
+
+    def training_step(self, batch: Batch, _batch_index: int) -> Tensor:
+        """Loss of one step.
+
+        Raises
+        ------
+        TrainingDivergedError
+            If the loss is NaN or infinite; the weights are those of the last good step.
+        """
+        loss = self.weighted_loss(batch)
+        if not torch.isfinite(loss):
+            terms = {name: float(term) for name, term in self.last_terms.items()}
+            raise TrainingDivergedError(
+                f"the training loss is {float(loss)} at step {int(batch['step'])} (terms: {terms}).",
+                fix="lower `learning_rate`, or use `precision='32-true'`.",
+            )
+        self.last_terms["loss"] = loss.detach()
+        self.log_dict(self.last_terms, batch_size=len(batch["values"]))
+        return loss
+
+    def validation_step(self, batch: Batch, _batch_index: int) -> None:
+        """Log the weighted objectives on held-out cells under masks that are the same every time."""
+        self.log("validation_loss", self.weighted_loss(batch), batch_size=len(batch["values"]), sync_dist=True)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Step the optimiser, then move the target encoder: once per optimiser step under accumulation too."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        decay = ema_decay(self.trainer.global_step, self.total_steps)
+        update_average(self.jepa.target_encoder, self.jepa.encoder, decay)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,  # noqa: ARG002  # signature of Lightning
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """Clip by the norm over all weights; Lightning's own clipping refuses fused optimisers."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.jepa.parameters(), gradient_clip_val)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) under the warm-up and cosine schedule."""
+        config = self.train_config
+        optimizer = torch.optim.AdamW(
+            [p for p in self.jepa.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, self.total_steps, config.warmup_fraction)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
