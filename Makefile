@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-genejepa
-	$(BIN)/genejepa fit data/pbmc3k.h5ad -o $(DEMO) --labels-key cell_type
+	$(BIN)/genejepa fit data/pbmc3k.h5ad -o $(DEMO) --labels-key cell_type --overwrite
 	@find $(DEMO) -name '*.html' -exec echo "Report: {}" \;
 
 test: $(VENV)/.stamp-dev

@@ -47,9 +47,7 @@ def genejepa_embedding(adata: AnnData, *, seed: int, threads: int, settings: dic
 
     adata = adata.copy()
     started = time.perf_counter()
-    model = genejepa.fit(
-        adata, seed=seed, progress_bar=False, train_options={"threads": threads}, **settings
-    )
+    model = genejepa.fit(adata, seed=seed, progress_bar=False, train_options={"threads": threads}, **settings)
     fitted = time.perf_counter()
     Z = model.get_latent_representation()
     return Embedding(Z, fitted - started, time.perf_counter() - fitted)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genejepa._constants import OBSM_KEY
 from genejepa.model import GeneJEPA
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -28,7 +29,7 @@ def fit(
     seed: int = 0,
     max_epochs: int | None = None,
     progress_bar: bool = True,
-    **settings: object,
+    **settings: Any,
 ) -> GeneJEPA:
     """Train a model on the raw counts of ``adata`` and write the embedding into it.
 

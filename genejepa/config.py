@@ -38,7 +38,7 @@ class ModelConfig:
     n_layers: int = 1
     """Transformer blocks over the latents."""
     predictor_dim: int = 256
-    dropout: float = 0.1
+    dropout: float = 0.0
     transform: Transform = "sqrt"
     """Variance-stabilising function of the depth-normalised counts."""
 
@@ -72,14 +72,10 @@ class MaskConfig:
         _check_at_least(self, 2, "n_blocks")
         _check_at_least(self, 1, "n_targets")
         if self.n_blocks & (self.n_blocks - 1):
-            raise ConfigError(
-                f"`n_blocks` is {self.n_blocks}, which is not a power of two.", fix="choose 8, 16 or 32."
-            )
+            raise ConfigError(f"`n_blocks` is {self.n_blocks}, which is not a power of two.", fix="choose 8, 16 or 32.")
         _check_range(self, 0.0, 1.0, "min_keep", "max_keep", "module_fraction")
         if self.min_keep > self.max_keep:
-            raise ConfigError(
-                f"`min_keep`={self.min_keep} is above `max_keep`={self.max_keep}.", fix="swap the two."
-            )
+            raise ConfigError(f"`min_keep`={self.min_keep} is above `max_keep`={self.max_keep}.", fix="swap the two.")
 
 
 @dataclass(frozen=True)
@@ -87,10 +83,11 @@ class ObjectiveConfig:
     """Weights and kinds of the objectives; a weight of 0 switches one off. See ``docs/objectives.md``."""
 
     prediction: float = 1.0
-    diversity: float = 1.0
-    invariance: float = 1.0
-    information: float = 0.05
-    """Weight per nat of a cell's counts."""
+    diversity: float = 0.2
+    invariance: float = 2.0
+    information: float = 16.0
+    """Weight of the nats per count: of a cell's nats divided by the median depth, so that one weight serves
+    shallow and deep data."""
     contrastive: float = 0.0
     diversity_kind: Diversity = "sliced_gaussian"
     likelihood: Likelihood = "multinomial"
@@ -113,14 +110,14 @@ class TrainConfig:
     """Optimiser and length of training."""
 
     batch_size: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.02
     warmup_fraction: float = 0.1
     """Share of the steps over which the learning rate rises linearly; a cosine takes it down afterwards."""
     gradient_clip: float = 1.0
     max_epochs: int | None = None
     """Passes over the cells; None: as many as give about ``target_steps`` steps."""
-    target_steps: int = 600
+    target_steps: int = 400
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -169,9 +166,7 @@ class GeneJEPAConfig:
                     break
             else:
                 known = sorted(key for section in values.values() for key in section)
-                raise ConfigError(
-                    f"`{name}` is not a setting of genejepa.", fix=f"use one of: {', '.join(known)}."
-                )
+                raise ConfigError(f"`{name}` is not a setting of genejepa.", fix=f"use one of: {', '.join(known)}.")
         return type(self).from_dict(values)
 
 

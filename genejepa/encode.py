@@ -43,4 +43,6 @@ def encode_cells(
         padded = np.repeat(cells, 2) if len(cells) == 1 else cells
         values, _ = normalizer.dense(counts, padded, keep=keep)
         vectors.append(encoder(torch.from_numpy(values), keep_mask)[: len(cells)])
-    return torch.cat(vectors).numpy() if vectors else np.empty((0, encoder.embedding_dim), np.float32)
+    if not vectors:
+        return np.empty((0, encoder.embedding_dim), dtype=np.float32)
+    return torch.cat(vectors).numpy()

@@ -16,7 +16,8 @@ from genejepa._version import __version__
 from genejepa.config import GeneJEPAConfig
 from genejepa.data.axes import principal_axes
 from genejepa.data.counts import check_counts, panel_counts, read_counts, slot_name
-from genejepa.data.genes import gene_names, match_genes, resolve_panel
+from genejepa.data.genes import gene_names, resolve_panel
+from genejepa.data.matching import match_genes
 from genejepa.data.normalization import Normalizer, cell_depth
 from genejepa.data.setup import Registration, register, registration_of
 from genejepa.encode import encode_cells
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genejepa._lightning import Callback, Logger
-    from genejepa.data.genes import GeneMatch
+    from genejepa.data.matching import GeneMatch
     from genejepa.data.panel import PanelCounts
 
 logger = logging.getLogger(__name__)
@@ -192,14 +193,14 @@ class GeneJEPA:
         callbacks: Sequence[Callback] = (),
         logger: Logger | bool = False,
         progress_bar: bool = True,
-        compile: bool = False,  # noqa: A002  # the name users of torch know
+        compile: bool = False,  # the name users of torch know
     ) -> None:
         """Train the model; a second call goes on from the present weights with a new schedule.
 
         Parameters
         ----------
         max_epochs
-            Passes over the cells; None chooses about 600 steps.
+            Passes over the cells; None chooses about 400 steps.
         batch_size, learning_rate, seed
             Override the settings. Equal seed, precision and threads give equal weights, for any ``num_workers``.
         accelerator, devices, precision
@@ -218,7 +219,7 @@ class GeneJEPA:
         -----
         Ctrl-C ends the training and leaves a usable model.
         """
-        given = {
+        given: dict[str, Any] = {
             "max_epochs": max_epochs,
             "batch_size": batch_size,
             "learning_rate": learning_rate,
@@ -325,9 +326,7 @@ class GeneJEPA:
             keep = None if match.n_matched == len(self.genes) else match.columns >= 0
         index = np.arange(counts.n_obs) if indices is None else np.asarray(indices)
         assert self.jepa is not None
-        return encode_cells(
-            self.jepa.encoder, counts, self.normalizer, index=index, keep=keep, batch_size=batch_size
-        )
+        return encode_cells(self.jepa.encoder, counts, self.normalizer, index=index, keep=keep, batch_size=batch_size)
 
     def gene_report(self, adata: AnnData) -> GeneMatch:
         """Which genes of the panel ``adata`` has, by name."""
@@ -359,12 +358,10 @@ class GeneJEPA:
             "registration": asdict(self.registration),
             "gene_symbols": self.gene_symbols,
             "median_depth": self.normalizer.median_depth,
-            "scale": self.normalizer.scale,
             "training": asdict(record),
         }
-        stored = StoredModel(
-            config, self.jepa.state_dict(), self.genes, self.normalizer.mean, self.normalizer.frequency
-        )
+        numbers = np.stack([self.normalizer.mean, self.normalizer.scale, self.normalizer.frequency], axis=1)
+        stored = StoredModel(config, self.jepa.state_dict(), self.genes, numbers)
         save_model(Path(dir_path), stored, overwrite=overwrite)
 
     @classmethod
@@ -390,12 +387,13 @@ class GeneJEPA:
             model.registration = Registration(**config["registration"])
             model.gene_symbols = config["gene_symbols"]
             model.genes = stored.genes
+            mean, scale, frequency = np.ascontiguousarray(stored.gene_numbers.T)
             model.normalizer = Normalizer(
                 transform=model.config.model.transform,
                 median_depth=float(config["median_depth"]),
-                mean=stored.mean,
-                scale=float(config["scale"]),
-                frequency=stored.frequency,
+                mean=mean,
+                scale=scale,
+                frequency=frequency,
             )
             model.record = TrainingRecord(**config["training"])
             model.jepa = model._new_network(seed=0)

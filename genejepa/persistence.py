@@ -21,9 +21,10 @@ from genejepa._constants import CONFIG_FILE, GENES_FILE, MODEL_FORMAT_VERSION, W
 from genejepa.errors import ModelFileError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
-_GENE_COLUMNS = ("gene", "mean", "frequency")
+_GENE_COLUMNS = ("gene", "mean", "scale", "frequency")
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,15 @@ class StoredModel:
     tensors
         Weights by name.
     genes
-        Panel in order, with the mean transformed value and the frequency of each gene.
+        Panel in order.
+    gene_numbers : (n_genes, 3), float32
+        Mean, scale and frequency of each gene; see :class:`genejepa.data.normalization.Normalizer`.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     genes: list[str]
-    mean: np.ndarray[Any, np.dtype[np.float32]]
-    frequency: np.ndarray[Any, np.dtype[np.float32]]
+    gene_numbers: NDArray[np.float32]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -108,8 +110,8 @@ def load_model(dir_path: Path) -> StoredModel:
         raise _damaged(dir_path / WEIGHTS_FILE, str(error)) from error
     except FileNotFoundError as error:
         raise _damaged(dir_path / WEIGHTS_FILE, "the file is missing") from error
-    genes, mean, frequency = _read_genes(dir_path / GENES_FILE)
-    return StoredModel(config, tensors, genes, mean, frequency)
+    genes, numbers = _read_genes(dir_path / GENES_FILE)
+    return StoredModel(config, tensors, genes, numbers)
 
 
 def _read_config(dir_path: Path) -> dict[str, Any]:
@@ -139,23 +141,23 @@ def _genes_to_csv(stored: StoredModel) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_GENE_COLUMNS)
     # repr of a float32 as a Python float is exact, so that reading returns the same bits
-    for gene, mean, frequency in zip(stored.genes, stored.mean, stored.frequency, strict=True):
-        writer.writerow([gene, repr(float(mean)), repr(float(frequency))])
+    for gene, numbers in zip(stored.genes, stored.gene_numbers.tolist(), strict=True):
+        writer.writerow([gene, *map(repr, numbers)])
     return text.getvalue().encode()
 
 
-def _read_genes(
-    path: Path,
-) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.float32]]]:
+def _read_genes(path: Path) -> tuple[list[str], NDArray[np.float32]]:
     try:
         rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
         if tuple(rows[0]) != _GENE_COLUMNS:
             raise ValueError(f"the header is {rows[0]}")
         genes = [row[0] for row in rows[1:]]
-        numbers = np.array([[float(row[1]), float(row[2])] for row in rows[1:]], dtype=np.float32)
+        numbers = np.array([[float(text) for text in row[1:]] for row in rows[1:]], dtype=np.float32)
+        if numbers.shape != (len(genes), len(_GENE_COLUMNS) - 1):
+            raise ValueError(f"the numbers have the shape {numbers.shape}")
     except (ValueError, IndexError, OSError) as error:
         raise _damaged(path, str(error)) from error
-    return genes, numbers[:, 0].copy(), numbers[:, 1].copy()
+    return genes, numbers
 
 
 def _damaged(path: Path, reason: str) -> ModelFileError:

@@ -59,9 +59,7 @@ def test_constraints_pin_torch_above_the_floor(project: dict[str, Any]) -> None:
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     assert list(pins) == ["torch"]
     floor = next(
-        entry.partition(">=")[2]
-        for entry in project["project"]["dependencies"]
-        if requirement_name(entry) == "torch"
+        entry.partition(">=")[2] for entry in project["project"]["dependencies"] if requirement_name(entry) == "torch"
     )
     assert [int(part) for part in pins["torch"].split(".")] >= [int(part) for part in floor.split(".")]
 

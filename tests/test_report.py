@@ -80,9 +80,7 @@ def test_index_is_shown_unless_it_counts_rows(tmp_path: Path) -> None:
 
 
 def test_same_input_same_bytes(tmp_path: Path) -> None:
-    pages = [
-        write_report(tmp_path / name, title="t", facts={}, figures=[("c", figure())]) for name in ("a", "b")
-    ]
+    pages = [write_report(tmp_path / name, title="t", facts={}, figures=[("c", figure())]) for name in ("a", "b")]
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 

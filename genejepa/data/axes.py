@@ -38,7 +38,8 @@ class PrincipalAxes:
     def module_loadings(self) -> NDArray[np.float32]:
         """Position of each gene among the leading axes, on the unit sphere, (n_genes, <= 16)."""
         loadings = (self.axes * self.deviations)[:, :_MODULE_COMPONENTS]
-        return loadings / np.maximum(np.linalg.norm(loadings, axis=1, keepdims=True), 1e-8)
+        lengths = np.maximum(np.linalg.norm(loadings, axis=1, keepdims=True), 1e-8)
+        return np.asarray(loadings / lengths, dtype=np.float32)
 
     def start_tables(self, dim: int, *, seed: int) -> NDArray[np.float32]:
         """Value tables, (n_genes, min(dim, n_components)), that span the axes.
@@ -58,9 +59,7 @@ class PrincipalAxes:
         return float(np.sqrt(np.mean(np.sum(along**2, axis=0))))
 
 
-def principal_axes(
-    counts: PanelCounts, normalizer: Normalizer, *, n_components: int, seed: int
-) -> PrincipalAxes:
+def principal_axes(counts: PanelCounts, normalizer: Normalizer, *, n_components: int, seed: int) -> PrincipalAxes:
     """Estimate axes by a randomised singular value decomposition (Halko et al. 2011, arXiv:0909.4061).
 
     Values are centred already, so no mean is taken out.

@@ -79,9 +79,7 @@ def read_counts(adata: AnnData, *, layer: str | None = None) -> sparse.csr_matri
 def _as_csr(matrix: Any, *, slot: str) -> sparse.csr_matrix:
     """Convert any matrix that an AnnData can hold to CSR, sharing the arrays where it is CSR already."""
     if matrix is None:
-        raise DataError(
-            f"`{slot}` is empty (None), expected counts", fix=f"fill `adata.{slot}` or pass layer=..."
-        )
+        raise DataError(f"`{slot}` is empty (None), expected counts", fix=f"fill `adata.{slot}` or pass layer=...")
     if isinstance(matrix, np.ma.MaskedArray) and np.ma.is_masked(matrix):
         raise DataError(
             f"`{slot}` has {int(np.ma.getmaskarray(matrix).sum())} masked entries, expected a plain array",
@@ -119,13 +117,10 @@ def _share(matrix: Any) -> sparse.csr_matrix:
 def _dense_to_csr(matrix: Any) -> sparse.csr_matrix:
     """Convert a dense array or HDF5 data set to CSR, a block of rows at a time."""
     n_obs, n_vars = matrix.shape
-    dtype = (
-        np.dtype(np.float32) if matrix.dtype == np.float16 else matrix.dtype
-    )  # scipy has no sparse float16
+    dtype = np.dtype(np.float32) if matrix.dtype == np.float16 else matrix.dtype  # scipy has no sparse float16
     step = max(1, _CHUNK_VALUES // max(n_vars, 1))
     blocks = [
-        sparse.csr_matrix(np.asarray(matrix[start : start + step]), dtype=dtype)
-        for start in range(0, n_obs, step)
+        sparse.csr_matrix(np.asarray(matrix[start : start + step]), dtype=dtype) for start in range(0, n_obs, step)
     ]
     if not blocks:
         return sparse.csr_matrix((n_obs, n_vars), dtype=dtype)
@@ -151,8 +146,7 @@ def _check_structure(matrix: Any, *, slot: str) -> None:
         )
     if indptr[-1] > min(len(indices), len(matrix.data)):
         raise DataError(
-            f"`{slot}`.indptr ends at {indptr[-1]}, but there are {len(indices)} indices and "
-            f"{len(matrix.data)} values",
+            f"`{slot}`.indptr ends at {indptr[-1]}, but there are {len(indices)} indices and {len(matrix.data)} values",
             fix=fix,
         )
     for start, stop in _chunks(int(indptr[-1])):
@@ -304,9 +298,7 @@ def _fix(scan: _Scan, *, slot: str, adata: AnnData) -> str:
     if found is not None:
         return found
     if scan.invalid.n:
-        return (
-            "remove the cells or genes that hold these values, or set the values to 0 if they mean no count."
-        )
+        return "remove the cells or genes that hold these values, or set the values to 0 if they mean no count."
     noise = scan.largest_deviation <= _NOISE
     if scan.negative.n or not (noise or scan.fractional.n < scan.n_values / 2):
         return "load the raw counts, e.g. into adata.layers['counts'], and pass layer='counts'."

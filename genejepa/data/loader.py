@@ -94,9 +94,7 @@ class StepDataset(Dataset[Batch]):
         share = slice(self.rank, None, self.world_size)
         index = self.cells(step)[share]
         values, counts = self.normalizer.dense(self.counts, index)
-        masks = draw_masks(
-            self.masks, loadings=self.loadings, batch_size=self.batch_size, seed=self.seed, step=step
-        )
+        masks = draw_masks(self.masks, loadings=self.loadings, batch_size=self.batch_size, seed=self.seed, step=step)
         return Batch(
             values=torch.from_numpy(values),
             counts=torch.from_numpy(counts),

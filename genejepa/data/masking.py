@@ -42,9 +42,7 @@ class Masks:
     targets: NDArray[np.bool_]
 
 
-def draw_masks(
-    config: MaskConfig, *, loadings: NDArray[np.float32], batch_size: int, seed: int, step: int
-) -> Masks:
+def draw_masks(config: MaskConfig, *, loadings: NDArray[np.float32], batch_size: int, seed: int, step: int) -> Masks:
     """Draw the masks of one training step.
 
     Parameters
@@ -70,9 +68,7 @@ def draw_masks(
     return Masks(blocks, views, _draw_targets(rng, ~views, config.n_targets))
 
 
-def _draw_targets(
-    rng: np.random.Generator, hidden: NDArray[np.bool_], n_targets: int
-) -> NDArray[np.bool_]:
+def _draw_targets(rng: np.random.Generator, hidden: NDArray[np.bool_], n_targets: int) -> NDArray[np.bool_]:
     """Deal the hidden blocks of each view and cell out to ``n_targets`` disjoint targets.
 
     One target takes all hidden blocks. With more targets than hidden blocks, the last targets repeat the first.
@@ -96,9 +92,7 @@ def _random_ranks(
     return noise.argsort(-1).argsort(-1)
 
 
-def _module_order(
-    loadings: NDArray[np.float32], n_blocks: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
+def _module_order(loadings: NDArray[np.float32], n_blocks: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Order genes so that consecutive equal chunks are co-expression modules.
 
     Halves the genes along a random direction of loading space, then each half along another, and so on: a random

@@ -1,4 +1,4 @@
-"""From counts to the values the encoder reads: depth, variance stabilisation, centring; fixed at training."""
+"""From counts to the values the encoder reads: depth, variance stabilisation, noise scale; fixed at training."""
 
 from __future__ import annotations
 
@@ -18,25 +18,31 @@ _CLIP = 10.0
 
 _CHUNK = 4096
 
+_LARGE_MEAN = 50.0
+"""Counts above which the deviation of a transformed Poisson count is taken from the delta method."""
+
 
 @dataclass(frozen=True, eq=False)
 class Normalizer:
-    """Median-depth normalisation, variance stabilisation, centring per gene, and one common scale.
+    """Median-depth normalisation, variance stabilisation, centring, and scaling by sampling noise.
 
-    ``value = clip((f(count * median_depth / depth) - mean[g]) / scale, -10, 10)`` with ``f`` = sqrt or log1p.
-    The common scale keeps the relative variances of genes, which carry signal; unit variance per gene would
-    raise noise genes to the level of markers.
+    ``value = clip((f(count * median_depth / depth) - mean[g]) / scale[g], -10, 10)`` with ``f`` = sqrt or log1p.
+    ``scale[g]`` is proportional to the deviation that Poisson sampling alone would give gene ``g``
+    (:func:`sampling_deviation`). One unit is then the same amount of noise for every gene, and what exceeds it is
+    expression: markers keep their large variance, which unit variance per gene would take from them, and genes of low
+    mean are not drowned, as they are without a scale.
 
     Attributes
     ----------
     transform
-        ``sqrt`` (Freeman & Tukey 1950 without the offset: variance of a Poisson count made constant) or ``log1p``.
+        ``sqrt`` (makes the variance of a Poisson count nearly constant: Bartlett 1936, doi:10.2307/2983678) or
+        ``log1p``.
     median_depth
         Median over training cells of the counts within the panel.
     mean : (n_genes,), float32
         Mean transformed value over the training cells.
-    scale
-        Root of the mean variance of the transformed genes.
+    scale : (n_genes,), float32
+        Sampling deviations, times one factor that makes the mean variance of the values 1.
     frequency : (n_genes,), float32
         Share of each gene in all training counts; sums to 1.
     """
@@ -44,7 +50,7 @@ class Normalizer:
     transform: Transform
     median_depth: float
     mean: NDArray[np.float32]
-    scale: float
+    scale: NDArray[np.float32]
     frequency: NDArray[np.float32]
 
     @classmethod
@@ -65,10 +71,17 @@ class Normalizer:
             squares += np.bincount(genes, value**2, counts.n_genes)
         mean = sums / counts.n_obs
         variance = np.maximum(squares / counts.n_obs - mean**2, 0)
-        scale = float(np.sqrt(variance.mean())) or 1.0
         # Half a count keeps the log frequency of a gene without counts finite.
         frequency = (totals + 0.5) / (totals + 0.5).sum()
-        return cls(transform, median_depth, mean.astype(np.float32), scale, frequency.astype(np.float32))
+        noise = sampling_deviation(frequency * median_depth, transform)
+        scale = noise * (np.sqrt(np.mean(variance / noise**2)) or 1.0)
+        return cls(
+            transform,
+            median_depth,
+            mean.astype(np.float32),
+            scale.astype(np.float32),
+            frequency.astype(np.float32),
+        )
 
     def dense(
         self, counts: PanelCounts, index: NDArray[np.integer], *, keep: NDArray[np.bool_] | None = None
@@ -98,11 +111,35 @@ class Normalizer:
         factor = self.median_depth * share / np.maximum(depth, 1.0)
         dense_counts = np.zeros((len(index), counts.n_genes), dtype=np.float32)
         dense_counts[rows, genes] = data
-        centre = self.mean / np.float32(self.scale)
+        centre = self.mean / self.scale
         values = np.repeat(-centre[None], len(index), axis=0)
-        stabilised = _stabilised(data, factor[rows], self.transform) / self.scale - centre[genes]
+        stabilised = _stabilised(data, factor[rows], self.transform) / self.scale[genes] - centre[genes]
         values[rows, genes] = np.clip(stabilised, -_CLIP, _CLIP)
         return values, dense_counts
+
+
+def sampling_deviation(mean_counts: NDArray[np.float64], transform: Transform) -> NDArray[np.float64]:
+    """Standard deviation of ``f(n)`` for Poisson counts ``n`` of given means.
+
+    Parameters
+    ----------
+    mean_counts : (n_genes,)
+        Expected counts of each gene in a cell of median depth.
+
+    Returns
+    -------
+    (n_genes,), not below the value at a mean of 0.001 counts: rarer genes would turn single counts into outliers.
+    """
+    mean = np.maximum(mean_counts, 1e-3)
+    small = np.minimum(mean, _LARGE_MEAN)[:, None]
+    n = np.arange(4 * int(_LARGE_MEAN))
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(n[1:]))])
+    probability = np.exp(n * np.log(small) - small - log_factorial)  # (n_genes, counts)
+    value = np.sqrt(n) if transform == "sqrt" else np.log1p(n)
+    exact = np.sqrt(probability @ value**2 - (probability @ value) ** 2)
+    # For large means the delta method: the slope of f at the mean times the deviation of the count.
+    slope = 0.5 / np.sqrt(mean) if transform == "sqrt" else 1 / (1 + mean)
+    return np.where(mean < _LARGE_MEAN, exact, slope * np.sqrt(mean))
 
 
 def cell_depth(counts: PanelCounts) -> NDArray[np.float64]:
@@ -111,8 +148,6 @@ def cell_depth(counts: PanelCounts) -> NDArray[np.float64]:
     return np.bincount(rows, counts.data, counts.n_obs).astype(np.float64)
 
 
-def _stabilised(
-    data: NDArray[np.float32], factor: NDArray[np.float64], transform: Transform
-) -> NDArray[np.float32]:
+def _stabilised(data: NDArray[np.float32], factor: NDArray[np.float64], transform: Transform) -> NDArray[np.float32]:
     scaled = (data * factor).astype(np.float32)
     return np.sqrt(scaled) if transform == "sqrt" else np.log1p(scaled)

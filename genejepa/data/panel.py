@@ -40,9 +40,7 @@ class PanelCounts:
         """Number of cells."""
         return len(self.indptr) - 1
 
-    def rows(
-        self, index: NDArray[np.integer]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    def rows(self, index: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
         """Gather the stored counts of some cells.
 
         Parameters
@@ -62,9 +60,7 @@ class PanelCounts:
         """
         index = np.asarray(index)
         if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
-            raise IndexError(
-                f"`index` must be a vector of integers, found {index.dtype} of shape {index.shape}"
-            )
+            raise IndexError(f"`index` must be a vector of integers, found {index.dtype} of shape {index.shape}")
         if index.size and (index.min() < 0 or index.max() >= self.n_obs):
             raise IndexError(f"`index` spans {index.min()}..{index.max()}, there are {self.n_obs} cells")
         index = index.astype(np.int64, copy=False)

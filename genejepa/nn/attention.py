@@ -157,8 +157,8 @@ def read_blocks(tables: GeneTables, values: Tensor, blocks: Tensor) -> BlockRead
         Gene positions of each block; ``n_genes`` marks an empty place at the end of a shorter block.
     """
     n_blocks, size = blocks.shape
-    columns = F.pad(values, (0, 1)).t()[blocks.flatten()]  # (n_blocks * size, batch)
-    by_block = columns.view(n_blocks, size, -1).transpose(1, 2)  # (n_blocks, batch, size)
+    columns = F.pad(values, (0, 1)).index_select(1, blocks.flatten())  # (batch, n_blocks * size)
+    by_block = columns.view(-1, n_blocks, size).transpose(0, 1)  # (n_blocks, batch, size)
 
     def gathered(table: Tensor) -> Tensor:
         return F.pad(table, (0, 0, 0, 1))[blocks]  # (n_blocks, size, features)
@@ -220,4 +220,5 @@ def reference_attention(
     k = heads(keys.expand(batch, n_genes, dim))
     logits = q @ k.transpose(-1, -2) / math.sqrt(dim // n_heads)
     logits = logits.masked_fill(~keep_mask[:, None, None, :], -torch.inf)
-    return (logits.softmax(-1) @ heads(tokens)).transpose(1, 2).flatten(2)
+    attended: Tensor = logits.softmax(-1) @ heads(tokens)
+    return attended.transpose(1, 2).flatten(2)

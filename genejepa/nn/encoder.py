@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class TransformerBlock(nn.Module):
     """Pre-norm self-attention and perceptron over the latents of a cell (Xiong et al. 2020, arXiv:2002.04745)."""
 
-    def __init__(self, dim: int, *, n_heads: int = 2, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, *, dropout: float = 0.0) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads = max(1, math.gcd(dim, dim // 64))  # heads of width 64
         self.attention_norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -37,7 +37,8 @@ class TransformerBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n_cells, n_latents, dim)
         latents = latents + self.dropout(self.out(mixed))
-        return latents + self.dropout(self.mlp(self.mlp_norm(latents)))
+        out: Tensor = latents + self.dropout(self.mlp(self.mlp_norm(latents)))
+        return out
 
 
 class GeneTokenEncoder(nn.Module):
@@ -60,6 +61,7 @@ class GeneTokenEncoder(nn.Module):
         super().__init__()
         dim = config.dim
         self.n_genes = n_genes
+        self.embedding_dim = config.embedding_dim
         self.n_latents = config.n_latents
         self.n_heads = config.n_heads
         self.queries = nn.Parameter(0.3 * torch.randn(self.n_latents, dim))
@@ -69,10 +71,7 @@ class GeneTokenEncoder(nn.Module):
         self.latents = nn.Parameter(0.02 * torch.randn(self.n_latents, dim))
         # A mean over n_genes independent standard values has deviation 1/sqrt(n_genes); start at a quarter.
         self.log_scale = nn.Parameter(torch.tensor(math.log(math.sqrt(n_genes) / 4)))
-        self.blocks = nn.ModuleList(
-            TransformerBlock(dim, n_heads=math.gcd(dim, 2), dropout=config.dropout)
-            for _ in range(config.n_layers)
-        )
+        self.blocks = nn.ModuleList(TransformerBlock(dim, dropout=config.dropout) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(self.n_latents * dim, config.embedding_dim)
 
@@ -132,6 +131,7 @@ class MLPEncoder(nn.Module):
     def __init__(self, n_genes: int, config: ModelConfig, *, hidden: int = 512) -> None:
         super().__init__()
         self.n_genes = n_genes
+        self.embedding_dim = config.embedding_dim
         layers: list[nn.Module] = []
         for width in (n_genes, hidden):
             layers += [nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(config.dropout)]
@@ -143,7 +143,8 @@ class MLPEncoder(nn.Module):
         block_of_gene[blocks] = torch.arange(len(blocks), device=blocks.device)[:, None]
         keep_mask = membership[..., block_of_gene[:-1]] > 0  # (n_views, batch, n_genes)
         flat = self(values.expand(len(membership), -1, -1).flatten(0, 1), keep_mask.flatten(0, 1))
-        return flat.view(*membership.shape[:2], -1)
+        vectors: Tensor = flat.view(*membership.shape[:2], -1)
+        return vectors
 
     def forward(self, values: Tensor, keep_mask: Tensor | None = None) -> Tensor:
         """As :meth:`GeneTokenEncoder.forward`."""

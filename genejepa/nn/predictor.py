@@ -19,9 +19,7 @@ class GeneSetPredictor(nn.Module):
         super().__init__()
         self.gene_queries = nn.Parameter(0.3 * torch.randn(n_genes, dim))
         self.whole_cell_query = nn.Parameter(0.3 * torch.randn(dim))
-        self.net = nn.Sequential(
-            nn.Linear(2 * dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, dim)
-        )
+        self.net = nn.Sequential(nn.Linear(2 * dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def set_queries(self, blocks: Tensor, membership: Tensor) -> Tensor:
         """Queries, (..., dim), of unions of gene blocks.

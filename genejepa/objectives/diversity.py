@@ -65,7 +65,8 @@ def sliced_gaussian_loss(z: Tensor, directions: Tensor) -> Tensor:
     projected = ((z - mean) / deviation @ directions).sort(0).values  # (batch, n_slices)
     quantiles = torch.special.ndtri((torch.arange(n, device=z.device) + 0.5) / n)
     shape = (projected - quantiles[:, None]).square().mean()
-    return 0.1 * centre + scale + shape
+    loss: Tensor = 0.1 * centre + scale + shape
+    return loss
 
 
 def sigreg_loss(z: Tensor, directions: Tensor, *, n_knots: int = 17, t_max: float = 3.0) -> Tensor:

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genejepa._constants import OBSM_KEY
-from genejepa.errors import ConfigError, DataError, MissingKeyError
+from genejepa.data.slots import obs_column, read_embedding
+from genejepa.errors import ConfigError, DataError
+from genejepa.pl._names import write_names
 from genejepa.pl._style import MISSING_COLOR, category_style, figure_of, new_axes
 
 if TYPE_CHECKING:
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.collections import PathCollection
-    from matplotlib.text import Text
 
 __all__ = ["embedding"]
 
@@ -26,8 +27,6 @@ Floats = NDArray[np.float64]
 
 _MIN_CELLS: Final = 10
 _LEGEND_ROWS: Final = 18
-_LABEL_GAP: Final = 5.0
-_LABEL_STEPS: Final = 500
 
 
 def embedding(
@@ -97,8 +96,14 @@ def embedding(
             f"`legend_loc` is {legend_loc!r}, expected one of {', '.join(map(repr, get_args(LegendLoc)))}.",
             fix='Pass legend_loc="right".',
         )
-    values = None if color is None else _column(adata, color)
-    points = _umap(_representation(adata, use_rep), n_neighbors=n_neighbors, min_dist=min_dist, seed=seed)
+    values = None if color is None else obs_column(adata, color)
+    Z = read_embedding(adata, use_rep).astype(np.float32)
+    if len(Z) < _MIN_CELLS:
+        raise DataError(
+            f"`obsm[{use_rep!r}]` has {len(Z)} cells, expected at least {_MIN_CELLS} for a UMAP.",
+            fix="Pass an AnnData with more cells.",
+        )
+    points = _umap(Z, n_neighbors=n_neighbors, min_dist=min_dist, seed=seed)
     if ax is None:
         ax = new_axes(5.2 + _side_width(values, legend_loc), 4.8)
     size = point_size if point_size is not None else float(np.clip(24_000 / len(points), 2.0, 30.0))
@@ -107,24 +112,12 @@ def embedding(
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(title if title is not None else (color or f"{len(points):,} cells"))
     if values is None:
-        _dots(ax, points[order], category_style(0)[0], size=size)
+        _dots(ax, points[order], s=size, c=category_style(0)[0])
     elif _is_numeric(values):
         _draw_numbers(ax, points, values.to_numpy(dtype=np.float64, na_value=np.nan), order, size=size)
     else:
         _draw_categories(ax, points, values, order, size=size, legend_loc=legend_loc)
     return ax
-
-
-def _column(adata: AnnData, key: str) -> pd.Series[Any]:
-    """Return a column of obs."""
-    if key not in adata.obs:
-        found = ", ".join(repr(str(name)) for name in adata.obs.columns) or "none"
-        raise MissingKeyError(
-            f"`obs[{key!r}]` does not exist, found {found}.",
-            fix="Pass the name of an existing column of adata.obs as color.",
-        )
-    column: pd.Series[Any] = adata.obs[key]
-    return column
 
 
 def _is_numeric(values: pd.Series[Any]) -> bool:
@@ -146,32 +139,6 @@ def _side_width(values: pd.Series[Any] | None, legend_loc: LegendLoc) -> float:
     return -(-(len(names) + 1) // _LEGEND_ROWS) * (0.4 + 0.085 * max(map(len, names)))
 
 
-def _representation(adata: AnnData, use_rep: str) -> NDArray[np.float32]:
-    """Return a copy of the embedding, shape (n_cells, dim)."""
-    from scipy.sparse import issparse
-
-    if use_rep not in adata.obsm:
-        raise MissingKeyError(
-            f"`obsm[{use_rep!r}]` does not exist, found {', '.join(map(repr, adata.obsm)) or 'none'}.",
-            fix="Write the embedding into adata.obsm first, or pass the use_rep of an existing one.",
-        )
-    stored: Any = adata.obsm[use_rep]
-    Z = np.array(stored.toarray() if issparse(stored) else stored, dtype=np.float32)
-    if Z.shape[0] < _MIN_CELLS:
-        raise DataError(
-            f"`obsm[{use_rep!r}]` has {Z.shape[0]} cells, expected at least {_MIN_CELLS} for a UMAP.",
-            fix="Pass an AnnData with more cells.",
-        )
-    bad = int((~np.isfinite(Z)).any(axis=1).sum())
-    if bad:
-        raise DataError(
-            f"`obsm[{use_rep!r}]` has NaN or infinite values in {bad} of {Z.shape[0]} cells, expected finite "
-            "numbers.",
-            fix="Compute the embedding again, or leave these cells out.",
-        )
-    return Z
-
-
 def _umap(Z: NDArray[np.float32], *, n_neighbors: int, min_dist: float, seed: int) -> Floats:
     """Lay cells out in two dimensions, shape (n_cells, 2)."""
     import anndata as ad
@@ -191,28 +158,17 @@ def _umap(Z: NDArray[np.float32], *, n_neighbors: int, min_dist: float, seed: in
     return np.asarray(cells.obsm["X_umap"], dtype=np.float64)
 
 
-def _dots(
-    ax: Axes, points: Floats, color: str | list[str] | Floats, *, size: float, marker: str = "o"
-) -> PathCollection:
-    """Draw cells as dots; numbers as `color` are mapped to colours."""
-    return ax.scatter(
-        points[:, 0],
-        points[:, 1],
-        s=size,
-        c=color,
-        cmap="viridis" if isinstance(color, np.ndarray) else None,
-        marker=marker,
-        linewidths=0,
-        rasterized=True,
-    )
+def _dots(ax: Axes, points: Floats, **style: Any) -> PathCollection:
+    """Draw cells as dots."""
+    return ax.scatter(points[:, 0], points[:, 1], linewidths=0, rasterized=True, **style)
 
 
 def _draw_numbers(ax: Axes, points: Floats, values: Floats, order: NDArray[np.intp], *, size: float) -> None:
     """Draw cells coloured by a number, with a colour bar."""
-    known = np.isfinite(values)
-    missing, present = order[~known[order]], order[known[order]]
-    _dots(ax, points[missing], MISSING_COLOR, size=size)
-    dots = _dots(ax, points[present], values[present], size=size)
+    known = np.isfinite(values[order])
+    missing, present = order[~known], order[known]
+    _dots(ax, points[missing], s=size, c=MISSING_COLOR)
+    dots = _dots(ax, points[present], s=size, c=values[present], cmap="viridis")
     bar = figure_of(ax).colorbar(dots, ax=ax, shrink=0.7, pad=0.02)
     bar.outline.set_visible(False)
     if missing.size:
@@ -232,24 +188,22 @@ def _draw_categories(
     import pandas as pd
 
     categorical = pd.Categorical(values)
-    codes = np.asarray(categorical.codes)
-    names = [str(name) for name in categorical.categories]
-    styles = [category_style(i) for i in range(len(names))]
+    codes, names = np.asarray(categorical.codes), [str(name) for name in categorical.categories]
     used = np.unique(codes[codes >= 0])
-    unlabelled = codes < 0
-    _dots(ax, points[unlabelled], MISSING_COLOR, size=size)
-    for marker in dict.fromkeys(styles[code][1] for code in used):
-        shown = np.array([code for code in order if codes[code] >= 0 and styles[codes[code]][1] == marker])
-        colors = [styles[code][0] for code in codes[shown]]
-        _dots(ax, points[shown], colors, size=size, marker=marker)
+    # Categories without cells count here, so that colours are the same for a part of the cells.
+    colors, markers = np.array([category_style(i) for i in range(len(names))]).reshape(-1, 2).T
+    _dots(ax, points[codes < 0], s=size, c=MISSING_COLOR)
+    for marker in dict.fromkeys(markers[used]):
+        shown = order[np.isin(codes[order], np.flatnonzero(markers == marker))]
+        _dots(ax, points[shown], s=size, c=colors[codes[shown]], marker=marker)
     if legend_loc == "right":
-        entries = [(f"{names[code]}", *styles[code]) for code in used]
-        if unlabelled.any():
-            entries.append((f"no label ({unlabelled.sum():,} cells)", MISSING_COLOR, "o"))
+        entries = [(names[code], colors[code], markers[code]) for code in used]
+        if (codes < 0).any():
+            entries.append((f"no label ({(codes < 0).sum():,} cells)", MISSING_COLOR, "o"))
         _legend_right(ax, entries)
-    elif legend_loc == "on data":
-        medians = np.array([np.median(points[codes == code], axis=0) for code in used])
-        _names_on_data(ax, medians, [names[code] for code in used])
+    elif legend_loc == "on data" and used.size:
+        medians = [np.median(points[codes == code], axis=0) for code in used]
+        write_names(ax, np.array(medians), [names[code] for code in used])
 
 
 def _legend_right(ax: Axes, entries: list[tuple[str, str, str]]) -> None:
@@ -269,81 +223,3 @@ def _legend_right(ax: Axes, entries: list[tuple[str, str, str]]) -> None:
         handletextpad=0.2,
         ncols=-(-len(handles) // _LEGEND_ROWS),
     )
-
-
-def _names_on_data(ax: Axes, anchors: Floats, names: list[str]) -> None:
-    """Write names at data positions (n, 2), moved apart until none covers another."""
-    from matplotlib import patheffects
-
-    outline = [patheffects.withStroke(linewidth=2.5, foreground="white")]
-    texts = [
-        ax.text(
-            anchor[0],
-            anchor[1],
-            name,
-            ha="center",
-            va="center",
-            fontsize="small",
-            fontweight="bold",
-            color="#1A1A1A",
-            path_effects=outline,
-            zorder=5,
-        )
-        for anchor, name in zip(anchors, names, strict=True)
-    ]
-    # The size of a text in data units is known once the layout of the figure is.
-    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())
-    figure_of(ax).draw_without_rendering()
-    starts = ax.transData.transform(anchors)
-    ends = _spread(starts, *_text_sizes(texts), inside=np.asarray(ax.get_window_extent().extents))
-    to_data = ax.transData.inverted()
-    for text, start, end in zip(texts, starts, ends, strict=True):
-        text.set_position(tuple(to_data.transform(end)))
-        if np.hypot(*(end - start)) > text.get_window_extent().height:
-            line = to_data.transform(np.stack([start, end]))
-            ax.plot(*line.T, color="#1A1A1A", linewidth=0.7, zorder=4)
-
-
-def _text_sizes(texts: list[Text]) -> tuple[Floats, Floats]:
-    """Return widths and heights of drawn texts in pixels, each of shape (n,)."""
-    boxes = [text.get_window_extent() for text in texts]
-    return np.array([box.width for box in boxes]), np.array([box.height for box in boxes])
-
-
-def _spread(centers: Floats, widths: Floats, heights: Floats, *, inside: NDArray[Any]) -> Floats:
-    """Move boxes apart until none overlaps, each pair along the axis that needs the smaller shift.
-
-    Parameters
-    ----------
-    centers
-        Centres of the boxes in pixels, shape (n, 2).
-    widths, heights
-        Sizes of the boxes in pixels, shape (n,).
-    inside
-        Left, bottom, right and top of the area that boxes should not leave, in pixels.
-
-    Returns
-    -------
-    numpy.ndarray
-        New centres, shape (n, 2).
-    """
-    # Boxes at one place have no direction to part in, so each starts a little higher than the one before.
-    placed: Floats = centers + np.arange(len(centers))[:, None] * np.array([0.0, 0.01])
-    half = np.stack([widths, heights], axis=1) / 2
-    low, high = inside[:2] + half, np.maximum(inside[2:] - half, inside[:2] + half)
-    for _ in range(_LABEL_STEPS):
-        moved = False
-        for i in range(len(placed)):
-            for j in range(i):
-                gap = placed[i] - placed[j]
-                overlap = half[i] + half[j] + _LABEL_GAP - np.abs(gap)
-                if (overlap > 0).all():
-                    axis = int(np.argmin(overlap))
-                    shift = (0.5 * overlap[axis] + 0.01) * (1.0 if gap[axis] >= 0 else -1.0)
-                    placed[i, axis] += shift
-                    placed[j, axis] -= shift
-                    moved = True
-        placed = np.clip(placed, low, high)
-        if not moved:
-            break
-    return placed

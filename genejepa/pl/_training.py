@@ -77,8 +77,7 @@ def training(history: pd.DataFrame | HasHistory, *, figure: Figure | None = None
     table = history if isinstance(history, pd.DataFrame) else getattr(history, "history", None)
     if not isinstance(table, pd.DataFrame):
         raise DataError(
-            f"`history` is of type {type(history).__name__}, expected a DataFrame or an object with one as "
-            "`.history`.",
+            f"`history` is of type {type(history).__name__}, expected a DataFrame or an object with one as `.history`.",
             fix="Pass a trained model or the table of its history.",
         )
     shown = [name for name in _LABELS if name in table and np.isfinite(table[name].astype(float)).any()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from genejepa._lightning import Callback
 from genejepa.errors import CollapseWarning
@@ -13,7 +13,7 @@ from genejepa.objectives import effective_rank, mean_pairwise_cosine
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from genejepa._lightning import Trainer
+    from genejepa._lightning import LightningModule, Trainer
     from genejepa.train.module import JEPAModule
 
 logger = logging.getLogger(__name__)
@@ -34,21 +34,22 @@ class HistoryRecorder(Callback):
         self.rows: list[dict[str, float]] = []
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: JEPAModule, _outputs: object, _batch: object, _batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, _outputs: object, _batch: object, _batch_idx: int
     ) -> None:
         """Record the step, and let the monitor judge its vectors."""
+        module = cast("JEPAModule", pl_module)
         step = trainer.global_step
-        last = step >= pl_module.total_steps
+        last = step >= module.total_steps
         if (step % self.every and not last) or (self.rows and self.rows[-1]["step"] == step):
             return
         row = {"step": float(step), "epoch": float(trainer.current_epoch)}
-        row |= {name: float(value) for name, value in pl_module.last_terms.items()}
+        row |= {name: float(value) for name, value in module.last_terms.items()}
         row["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
-        if pl_module.last_vectors is not None:
-            row |= self.monitor.judge(pl_module.last_vectors.float().cpu(), step, pl_module.total_steps)
+        if module.last_vectors is not None:
+            row |= self.monitor.judge(module.last_vectors.float().cpu(), step, module.total_steps)
         self.rows.append(row)
 
-    def on_validation_end(self, trainer: Trainer, _pl_module: JEPAModule) -> None:
+    def on_validation_end(self, trainer: Trainer, _pl_module: LightningModule) -> None:
         """Add the held-out loss to the latest row."""
         value = trainer.callback_metrics.get("validation_loss")
         if value is not None and self.rows:
@@ -92,7 +93,6 @@ class CollapseMonitor:
             )
         if cosine > self.max_cosine:
             return (
-                f"The embedding is collapsing: the mean cosine between cells is {cosine:.2f}, so all cells "
-                "look alike"
+                f"The embedding is collapsing: the mean cosine between cells is {cosine:.2f}, so all cells look alike"
             )
         return None

@@ -47,10 +47,18 @@ class JEPAModule(LightningModule):
     ----------
     total_steps
         Length of the schedules of the learning rate and of the target encoder's decay.
+    median_depth
+        Counts of a median cell over the panel; turns nats per cell into nats per count.
     """
 
     def __init__(
-        self, jepa: JEPA, *, objectives: ObjectiveConfig, train_config: TrainConfig, total_steps: int
+        self,
+        jepa: JEPA,
+        *,
+        objectives: ObjectiveConfig,
+        train_config: TrainConfig,
+        total_steps: int,
+        median_depth: float,
     ) -> None:
         super().__init__()
         self.jepa = jepa
@@ -59,6 +67,7 @@ class JEPAModule(LightningModule):
         self.objectives = objectives
         self.train_config = train_config
         self.total_steps = total_steps
+        self.median_depth = median_depth
         self.last_terms: dict[str, Tensor] = {}
         """Objectives of the last step, unweighted and detached."""
         self.last_vectors: Tensor | None = None
@@ -87,13 +96,14 @@ class JEPAModule(LightningModule):
             ).mean()
         if config.information > 0:
             readout = self.jepa.readout
-            terms["information"] = information_loss(
+            nats_per_cell = information_loss(
                 readout(output.whole),
                 batch["counts"],
                 readout.log_frequency,
                 likelihood=config.likelihood,
                 log_dispersion=readout.log_dispersion,
             )
+            terms["information"] = nats_per_cell / self.median_depth
         if config.contrastive > 0:
             terms["contrastive"] = contrastive_loss(*output.views, temperature=config.temperature)
         return terms
@@ -114,6 +124,8 @@ class JEPAModule(LightningModule):
         TrainingDivergedError
             If the loss is NaN or infinite; the weights are those of the last good step.
         """
+        # Dropout as a function of (seed, step): nothing depends on how a generator came to its position.
+        torch.manual_seed((self.train_config.seed * 1_000_003 + int(batch["step"])) % 2**63)
         loss = self.weighted_loss(batch)
         if not torch.isfinite(loss):
             terms = {name: float(term) for name, term in self.last_terms.items()}
@@ -129,9 +141,7 @@ class JEPAModule(LightningModule):
         """Log the weighted objectives on held-out cells under masks that are the same every time."""
         self.log("validation_loss", self.weighted_loss(batch), batch_size=len(batch["values"]), sync_dist=True)
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step the optimiser, then move the target encoder: once per optimiser step under accumulation too."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         decay = ema_decay(self.trainer.global_step, self.total_steps)
@@ -139,15 +149,15 @@ class JEPAModule(LightningModule):
 
     def configure_gradient_clipping(
         self,
-        optimizer: Any,  # noqa: ARG002  # signature of Lightning
+        optimizer: Any,  # signature of Lightning
         gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the norm over all weights; Lightning's own clipping refuses fused optimisers."""
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.jepa.parameters(), gradient_clip_val)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) under the warm-up and cosine schedule."""
         config = self.train_config
         optimizer = torch.optim.AdamW(

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from genejepa._lightning import EarlyStopping, Trainer, TQDMProgressBar
+from genejepa._lightning import EarlyStopping, TQDMProgressBar, Trainer
 from genejepa.data.loader import StepDataset, step_loader
-from genejepa.errors import TrainingInterruptedWarning
+from genejepa.errors import ConfigError, TrainingInterruptedWarning
 from genejepa.train.callbacks import CollapseMonitor, HistoryRecorder
 from genejepa.train.module import JEPAModule
 
@@ -134,7 +134,11 @@ def train(
     epochs = n_epochs(config, counts.n_obs)
     total_steps = epochs * training.steps_per_epoch
     module = JEPAModule(
-        jepa, objectives=config.objectives, train_config=config.train, total_steps=total_steps
+        jepa,
+        objectives=config.objectives,
+        train_config=config.train,
+        total_steps=total_steps,
+        median_depth=normalizer.median_depth,
     )
     if options.compile:
         module.network = torch.compile(jepa)
@@ -147,7 +151,8 @@ def train(
 
     started = time.perf_counter()
     jepa.train()
-    with cpu_threads(threads), _quiet_lightning():
+    gpus = list(range(torch.cuda.device_count())) if accelerator == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), cpu_threads(threads), _quiet_lightning():
         interrupted = _fit(trainer, module, loaders)
     jepa.eval().to("cpu")
     return RunResult(
@@ -219,7 +224,18 @@ def split_cells(counts: PanelCounts, *, train_size: float, seed: int) -> tuple[P
 
 
 def resolve_accelerator(accelerator: str) -> str:
-    """Name of the accelerator that ``auto`` stands for here."""
+    """Name of the accelerator that ``auto`` stands for here.
+
+    Raises
+    ------
+    ConfigError
+        If a GPU is asked for and torch sees none.
+    """
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"`accelerator` is {accelerator!r}, and torch {torch.__version__} sees no CUDA device.",
+            fix="use `accelerator='cpu'`, or install a CUDA build of torch.",
+        )
     if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
         return "cuda"
     # On Apple GPUs small dense products of this size gain nothing over the CPU and lack float64 diagnostics.

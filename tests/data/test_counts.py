@@ -327,9 +327,7 @@ def test_fix_names_the_layer_with_counts() -> None:
 def test_fix_names_x_with_counts() -> None:
     adata = make_adata(dense_counts())
     adata.layers["log"] = log_normalise(dense_counts())
-    with pytest.raises(
-        DataError, match=r"`layers\['log'\]` holds .*\nFix: `X` holds counts: pass layer=None"
-    ):
+    with pytest.raises(DataError, match=r"`layers\['log'\]` holds .*\nFix: `X` holds counts: pass layer=None"):
         check_counts(read_counts(adata, layer="log"), slot=slot_name("log"), adata=adata)
 
 

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def adata() -> anndata.AnnData:
     counts = np.random.default_rng(0).poisson(3, size=(12, 5)).astype(np.float32)
-    obs = pd.DataFrame(
-        {"donor": ["b", "a", "c"] * 4, "kind": ["x", None] * 6}, index=[f"cell{i}" for i in range(12)]
-    )
+    obs = pd.DataFrame({"donor": ["b", "a", "c"] * 4, "kind": ["x", None] * 6}, index=[f"cell{i}" for i in range(12)])
     return anndata.AnnData(counts, obs=obs, layers={"counts": counts.copy()})
 
 
@@ -43,9 +41,7 @@ def test_only_the_record_is_written(adata: anndata.AnnData) -> None:
     adata.uns["genejepa"] = {"version": "0"}
     before = adata.copy()
     register(adata, batch_key="donor")
-    assert adata.uns == {
-        "genejepa": {"version": "0", "setup": {"layer": "", "batch_key": "donor", "labels_key": ""}}
-    }
+    assert adata.uns == {"genejepa": {"version": "0", "setup": {"layer": "", "batch_key": "donor", "labels_key": ""}}}
     pd.testing.assert_frame_equal(adata.obs, before.obs)
     pd.testing.assert_frame_equal(adata.var, before.var)
     np.testing.assert_array_equal(adata.X, before.X)

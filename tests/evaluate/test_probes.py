@@ -12,14 +12,16 @@ import pytest
 
 from genejepa.errors import ConfigError, DataError, MissingKeyError
 from genejepa.evaluate import (
+    _folds,
     few_shot_probe,
     knn_probe,
     linear_probe,
+    predict,
     predict_few_shot,
     predict_knn,
     predict_linear,
-    probes,
 )
+from genejepa.evaluate._tables import bootstrap_counts, confusion, scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,9 +101,7 @@ class TestTable:
         adata.obs["cell_type"] = np.random.default_rng(1).permutation(adata.obs["cell_type"].to_numpy())
         assert 0.2 < value(probe(adata, labels_key="cell_type"), "accuracy") < 0.45
 
-    def test_small_classes_and_unlabelled_cells_are_left_out(
-        self, probe: Callable[..., pd.DataFrame]
-    ) -> None:
+    def test_small_classes_and_unlabelled_cells_are_left_out(self, probe: Callable[..., pd.DataFrame]) -> None:
         adata = make_adata()
         labels = adata.obs["cell_type"].astype(object)
         labels.iloc[:4] = "rare"
@@ -150,16 +150,14 @@ def test_metrics_agree_with_scikit_learn() -> None:
 
     rng = np.random.default_rng(0)
     true, predicted = rng.integers(4, size=(2, 200))
-    overall, per_class = probes._scores(probes._confusion(true, predicted, 4)[None])
+    overall, per_class = scores(confusion(true, predicted, 4)[None])
     expected = [
         metrics.f1_score(true, predicted, average="macro"),
         metrics.balanced_accuracy_score(true, predicted),
         metrics.accuracy_score(true, predicted),
     ]
     np.testing.assert_allclose(overall[0], expected)
-    np.testing.assert_allclose(
-        per_class[0], metrics.precision_recall_fscore_support(true, predicted)[:3], rtol=1e-12
-    )
+    np.testing.assert_allclose(per_class[0], metrics.precision_recall_fscore_support(true, predicted)[:3], rtol=1e-12)
 
 
 def test_bootstrap_is_fast_and_has_the_right_width() -> None:
@@ -167,8 +165,8 @@ def test_bootstrap_is_fast_and_has_the_right_width() -> None:
     true = rng.integers(10, size=4000)
     predicted = np.where(rng.random(4000) < 0.8, true, rng.integers(10, size=4000))
     start = time.perf_counter()
-    counts = probes._bootstrap_counts(probes._confusion(true, predicted, 10), seed=0)
-    overall, _ = probes._scores(counts)
+    counts = bootstrap_counts(confusion(true, predicted, 10), seed=0)
+    overall, _ = scores(counts)
     assert time.perf_counter() - start < 1.0
     accuracy = (true == predicted).mean()
     assert overall[:, 2].std() == pytest.approx(np.sqrt(accuracy * (1 - accuracy) / 4000), rel=0.1)
@@ -184,14 +182,14 @@ def test_predictions_keep_the_type_of_labels() -> None:
 
 def test_folds_keep_groups_together(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[NDArray[Any] | None, Any]] = []
-    original = probes._folds
+    original = _folds._split
 
     def spy(codes: Any, groups: Any, **kwargs: Any) -> Any:
         folds = original(codes, groups, **kwargs)
         calls.append((groups, folds))
         return folds
 
-    monkeypatch.setattr(probes, "_folds", spy)
+    monkeypatch.setattr(_folds, "_split", spy)
     linear_probe(make_adata(), labels_key="cell_type", groups_key="donor", n_splits=3)
     assert len(calls) == 4
     for groups, folds in calls:
@@ -231,13 +229,13 @@ def test_too_few_groups() -> None:
 
 def test_scaler_sees_the_training_fold_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[NDArray[Any]] = []
-    original = probes._fit_logistic
+    original = predict._fit_logistic
 
     def spy(Z: Any, codes: Any, folds: Any) -> Any:
         seen.append(Z)
         return original(Z, codes, folds)
 
-    monkeypatch.setattr(probes, "_fit_logistic", spy)
+    monkeypatch.setattr(predict, "_fit_logistic", spy)
     adata = make_adata()
     adata.obsm["X_genejepa"][0, 0] = 1e3
     linear_probe(adata, labels_key="cell_type")
@@ -291,15 +289,11 @@ class TestFewShot:
 
     def test_impossible_groups(self) -> None:
         with pytest.raises(DataError, match="No half of the 6 groups"):
-            few_shot_probe(
-                make_adata(), labels_key="cell_type", groups_key="donor", n_per_class=40, min_class_size=41
-            )
+            few_shot_probe(make_adata(), labels_key="cell_type", groups_key="donor", n_per_class=40, min_class_size=41)
 
     @pytest.mark.parametrize("n_per_class", [1, 2])
     def test_very_few_labels(self, n_per_class: int) -> None:
-        table = few_shot_probe(
-            make_adata(spread=0.1), labels_key="cell_type", n_per_class=n_per_class, n_draws=3
-        )
+        table = few_shot_probe(make_adata(spread=0.1), labels_key="cell_type", n_per_class=n_per_class, n_draws=3)
         assert value(table, "accuracy") > 0.9
 
     def test_single_draw_has_no_interval(self) -> None:

@@ -1,0 +1,575 @@
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import signal
+import warnings
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from lightning_utilities.core import rank_zero
+
+from genejepa._lightning import Callback, Logger, Trainer
+from genejepa.config import (
+    Diversity,
+    GeneJEPAConfig,
+    Likelihood,
+    MaskConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    Target,
+    TrainConfig,
+)
+from genejepa.data.loader import StepDataset, step_loader
+from genejepa.data.normalization import Normalizer
+from genejepa.errors import CollapseWarning, TrainingDivergedError, TrainingInterruptedWarning
+from genejepa.jepa import JEPA
+from genejepa.model import GeneJEPA
+from genejepa.nn import ema
+from genejepa.objectives import effective_rank
+from genejepa.train import module as training_module
+from genejepa.train import runner
+from genejepa.train.callbacks import CollapseMonitor, HistoryRecorder
+from genejepa.train.module import JEPAModule, learning_rate_factor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    import anndata
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from genejepa.data.panel import PanelCounts
+
+N_OBS, N_GENES = 24, 30
+SIZES = ModelConfig(embedding_dim=8, n_latents=2, dim=16, n_heads=4, predictor_dim=16, dropout=0.0)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A network and batches for it, without the class around them."""
+
+    dataset: StepDataset
+    log_frequency: Tensor
+
+    def module(self, objectives: ObjectiveConfig, *, model: ModelConfig = SIZES, total_steps: int = 10) -> JEPAModule:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            jepa = JEPA(N_GENES, model, self.log_frequency).train()
+        return JEPAModule(
+            jepa,
+            objectives=objectives,
+            train_config=TrainConfig(batch_size=8),
+            total_steps=total_steps,
+            median_depth=1.0,
+        )
+
+
+@pytest.fixture
+def bench(rng: np.random.Generator, as_panel: Callable[[NDArray[np.float32]], PanelCounts]) -> Bench:
+    counts = as_panel(rng.poisson(rng.gamma(1.0, 3.0, size=N_GENES), size=(N_OBS, N_GENES)).astype(np.float32))
+    normalizer = Normalizer.fit(counts, transform="sqrt")
+    dataset = StepDataset(
+        counts,
+        normalizer,
+        loadings=rng.standard_normal((N_GENES, 4)).astype(np.float32),
+        masks=MaskConfig(n_blocks=4, n_targets=2),
+        batch_size=8,
+        seed=0,
+    )
+    return Bench(dataset, torch.from_numpy(np.log(normalizer.frequency)))
+
+
+def gradients(part: nn.Module) -> dict[str, float]:
+    """Norm of the gradient of every weight; 0 for one that was not reached."""
+    return {name: 0.0 if weight.grad is None else float(weight.grad.norm()) for name, weight in part.named_parameters()}
+
+
+# One step
+
+
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        *[pytest.param(ObjectiveConfig(diversity_kind=kind), id=kind) for kind in get_args(Diversity)],
+        *[pytest.param(ObjectiveConfig(likelihood=name), id=name) for name in get_args(Likelihood)],
+        *[pytest.param(ObjectiveConfig(target=target), id=target) for target in get_args(Target)],
+        pytest.param(ObjectiveConfig(contrastive=1.0), id="contrastive"),
+    ],
+)
+@pytest.mark.parametrize("encoder", ["gene_tokens", "mlp"])
+def test_every_objective_trains_every_part(bench: Bench, objectives: ObjectiveConfig, encoder: Any) -> None:
+    module = bench.module(objectives, model=replace(SIZES, encoder=encoder))
+    batch = bench.dataset[0]
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    loss = module.weighted_loss(batch)
+    loss.backward()
+    assert torch.isfinite(loss)
+    found = gradients(module.jepa)
+    assert all(math.isfinite(norm) for norm in found.values()), found
+    unreached = {name for name, norm in found.items() if norm == 0 and not name.startswith("target_encoder.")}
+    needs_dispersion = objectives.likelihood == "negative_binomial"
+    assert unreached == (set() if needs_dispersion else {"readout.log_dispersion"})
+    optimizer.step()
+    assert float(module.weighted_loss(batch).detach()) < float(loss.detach())
+
+
+def test_no_gradient_reaches_the_target_encoder(bench: Bench) -> None:
+    module = bench.module(ObjectiveConfig())
+    module.weighted_loss(bench.dataset[0]).backward()
+    assert not any(gradients(module.jepa.target_encoder).values())
+    optimizer = module.configure_optimizers()["optimizer"]
+    trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    assert not trained & {id(weight) for weight in module.jepa.target_encoder.parameters()}
+    assert {id(weight) for weight in module.jepa.encoder.parameters()} < trained
+
+
+@pytest.mark.parametrize(
+    ("weights", "silent"),
+    [
+        ({"prediction": 0.0}, "predictor"),
+        ({"information": 0.0}, "readout"),
+        ({"prediction": 0.0, "diversity": 0.0, "invariance": 0.0}, "predictor"),
+    ],
+    ids=["no prediction", "no information", "information alone"],
+)
+def test_an_objective_without_weight_is_off(bench: Bench, weights: dict[str, float], silent: str) -> None:
+    module = bench.module(ObjectiveConfig(**weights))  # type: ignore[arg-type]  # weights only
+    module.weighted_loss(bench.dataset[0]).backward()
+    assert not set(weights) & set(module.last_terms)
+    assert not any(gradients(getattr(module.jepa, silent)).values())
+    assert any(gradients(module.jepa.encoder).values())
+
+
+def test_loss_is_the_weighted_sum_of_the_terms(bench: Bench) -> None:
+    weights = {"prediction": 0.5, "diversity": 2.0, "invariance": 3.0, "information": 0.1, "contrastive": 0.7}
+    module = bench.module(ObjectiveConfig(**weights))  # type: ignore[arg-type]  # weights only
+    loss = module.weighted_loss(bench.dataset[0])
+    assert set(module.last_terms) == set(weights)
+    expected = sum(weight * float(module.last_terms[name]) for name, weight in weights.items())
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_network_encodes_views_targets_and_whole_cells(bench: Bench) -> None:
+    jepa = bench.module(ObjectiveConfig()).jepa
+    batch = bench.dataset[0]
+    output = jepa(batch)
+    values, blocks = batch["values"], batch["blocks"]
+
+    def mask(membership: Tensor) -> Tensor:
+        keep = torch.zeros(*membership.shape[:-1], N_GENES + 1, dtype=torch.bool)
+        for block, genes in enumerate(blocks):
+            keep[..., genes] |= (membership[..., block] > 0)[..., None]
+        return keep[..., :N_GENES]
+
+    close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(output.whole, jepa.encoder(values), **close)
+    torch.testing.assert_close(output.target_cell, jepa.target_encoder(values), **close)
+    for view in range(2):
+        expected = jepa.encoder(values, mask(batch["views"][view]))
+        torch.testing.assert_close(output.views[view], expected, **close)
+        torch.testing.assert_close(output.predicted_cell[view], jepa.predictor(expected), **close)
+        for target in range(2):
+            hidden = mask(batch["targets"][view, target])
+            expected_set = jepa.target_encoder(values, hidden)
+            torch.testing.assert_close(output.target_sets[view, target], expected_set, **close)
+            query = jepa.predictor.set_queries(blocks, batch["targets"][view, target])
+            predicted = jepa.predictor(output.views[view], query)
+            torch.testing.assert_close(output.predicted_sets[view, target], predicted, **close)
+
+
+@torch.no_grad()
+def test_prediction_of_a_hidden_set_sees_no_hidden_value(bench: Bench) -> None:
+    jepa = bench.module(ObjectiveConfig()).jepa
+    batch = copy.deepcopy(bench.dataset[0])
+    before = jepa(batch)
+    for cell in range(8):
+        hidden = batch["blocks"][batch["views"][0, cell] == 0].flatten()
+        batch["values"][cell, hidden[hidden < N_GENES]] += 3.0
+    after = jepa(batch)
+    torch.testing.assert_close(after.predicted_sets[0], before.predicted_sets[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(after.predicted_cell[0], before.predicted_cell[0], atol=1e-5, rtol=1e-4)
+    assert float((after.target_sets[0] - before.target_sets[0]).abs().max()) > 0.01
+
+
+def test_target_encoder_starts_as_the_encoder_and_has_no_dropout(bench: Bench) -> None:
+    jepa = bench.module(ObjectiveConfig(), model=replace(SIZES, dropout=0.5)).jepa
+    assert jepa.training
+    assert jepa.encoder.training
+    assert not jepa.target_encoder.training
+    jepa.start_from_axes(torch.ones(N_GENES, 4), spread=2.0)
+    targets = jepa.target_encoder.state_dict()
+    for name, weight in jepa.encoder.state_dict().items():
+        assert torch.equal(weight, targets[name]), name
+
+
+# The loop
+
+
+@pytest.mark.parametrize("accumulate", [1, 2], ids="accumulate {}".format)
+def test_target_encoder_moves_once_per_optimizer_step(
+    bench: Bench, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = bench.module(ObjectiveConfig(), total_steps=8)
+    average = [weight.detach().clone() for weight in module.jepa.target_encoder.parameters()]
+    update = ema.update_average
+    decays: list[float] = []
+
+    def recorded(target: nn.Module, source: nn.Module, decay: float) -> None:
+        decays.append(decay)
+        for old, new in zip(average, source.parameters(), strict=True):
+            old.mul_(decay).add_(new.detach(), alpha=1 - decay)
+        update(target, source, decay)
+
+    monkeypatch.setattr(training_module, "update_average", recorded)
+    trainer = make_trainer(max_epochs=2, accumulate_grad_batches=accumulate)
+    with torch.random.fork_rng(devices=[]), runner._quiet_lightning():
+        trainer.fit(module, step_loader(bench.dataset))
+    steps_per_epoch = -(-3 // accumulate)
+    assert trainer.global_step == 2 * steps_per_epoch
+    assert decays == pytest.approx([ema.ema_decay(step, 8) for step in range(trainer.global_step)])
+    for found, expected in zip(module.jepa.target_encoder.parameters(), average, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def make_trainer(**options: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    factors = [learning_rate_factor(step, 100, 0.1) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[100] == pytest.approx(0.0)
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert learning_rate_factor(0, 1, 0.0) == 1.0
+
+
+def test_history_has_about_a_hundred_rows_and_the_last_step(bench: Bench) -> None:
+    module = bench.module(ObjectiveConfig(), total_steps=250)
+    recorder = HistoryRecorder(every=3, monitor=CollapseMonitor())
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
+    for step in range(1, 251):
+        trainer: Any = SimpleNamespace(global_step=step, current_epoch=0, optimizers=[optimizer])
+        recorder.on_train_batch_end(trainer, module, None, None, 0)
+    assert [row["step"] for row in recorder.rows] == [*range(3, 250, 3), 250]
+
+
+# Collapse
+
+
+def vectors_on_a_line(generator: torch.Generator) -> Tensor:
+    return torch.randn(64, 1, generator=generator) * torch.ones(32)
+
+
+def test_monitor_warns_once_and_not_in_the_first_quarter(generator: torch.Generator) -> None:
+    monitor = CollapseMonitor()
+    line = vectors_on_a_line(generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert monitor.judge(line, 24, 100)["effective_rank"] == pytest.approx(1.0)
+    with pytest.warns(CollapseWarning, match=r"effective rank is 1\.0 of 32.*\(step 25 of 100\)\.\nFix: raise"):
+        monitor.judge(line, 25, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor.judge(line, 26, 100)
+
+
+def test_monitor_warns_of_cells_that_look_alike(generator: torch.Generator) -> None:
+    alike = 5.0 + torch.randn(64, 32, generator=generator)
+    with pytest.warns(CollapseWarning, match=r"mean cosine between cells is 0\.9\d, so all cells\s+look alike"):
+        CollapseMonitor().judge(alike, 5, 10)
+
+
+def test_monitor_accepts_cells_that_are_spread(generator: torch.Generator) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measures = CollapseMonitor().judge(torch.randn(64, 32, generator=generator), 10, 10)
+    assert measures["effective_rank"] > 25
+    assert abs(measures["mean_cosine"]) < 0.1
+
+
+LONG: dict[str, Any] = {"batch_size": 60, "embedding_dim": 64, "dropout": 0.0, "learning_rate": 1e-2}
+
+
+@pytest.mark.filterwarnings("always::genejepa.errors.CollapseWarning")
+def test_a_model_without_diversity_and_information_collapses_and_says_so(
+    adata: anndata.AnnData, tiny_settings: dict[str, Any], tiny_training: dict[str, Any]
+) -> None:
+    settings = {**tiny_settings, **LONG, "diversity": 0.0, "information": 0.0}
+    model = GeneJEPA(adata, **settings)
+    with pytest.warns(CollapseWarning, match="(?s)collapsing.*effective rank is.*of 59.*Fix: raise `diversity`"):
+        model.train(**{**tiny_training, "max_epochs": 80})
+    assert effective_rank(torch.from_numpy(model.get_latent_representation())) < 3.5
+
+
+def test_a_model_with_defaults_learns_without_collapse(
+    adata: anndata.AnnData, tiny_settings: dict[str, Any], tiny_training: dict[str, Any]
+) -> None:
+    model = GeneJEPA(adata, **{**tiny_settings, **LONG, "embedding_dim": 32})
+    model.train(**{**tiny_training, "max_epochs": 40})  # any warning is an error
+    history = model.history
+    assert effective_rank(torch.from_numpy(model.get_latent_representation())) > 4.5
+    for term in ("loss", "prediction", "diversity", "information"):
+        assert history[term].tail(5).mean() < history[term].head(5).mean(), term
+    assert history["information"].iloc[-1] < -5.0  # nats per cell
+
+
+# The class around the loop
+
+
+@pytest.fixture
+def model(adata: anndata.AnnData, tiny_settings: dict[str, Any]) -> GeneJEPA:
+    return GeneJEPA(adata, **tiny_settings)
+
+
+def test_history_tells_objectives_rate_and_collapse_measures(model: GeneJEPA, tiny_training: dict[str, Any]) -> None:
+    model.train(**tiny_training)
+    history = model.history
+    assert set(history) == {
+        "step",
+        "epoch",
+        "loss",
+        "prediction",
+        "diversity",
+        "invariance",
+        "information",
+        "learning_rate",
+        "effective_rank",
+        "mean_cosine",
+    }
+    assert history["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert history["epoch"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert np.isfinite(history.to_numpy(dtype=float)).all()
+    assert model.record is not None
+    assert model.record.steps == 6
+    assert not model.record.interrupted
+    assert model.record.effective_rank == history["effective_rank"].iloc[-1]
+
+
+def test_early_stopping_ends_a_training_that_does_not_improve(model: GeneJEPA, tiny_training: dict[str, Any]) -> None:
+    options = {**tiny_training, "max_epochs": 12, "learning_rate": 0.0}
+    model.train(**options, early_stopping=True, patience=2, train_size=0.5)
+    losses = model.history["validation_loss"].dropna().tolist()
+    assert len(losses) == 3  # the first is the best, and two more are waited for
+    assert np.isfinite(losses).all()
+    assert len(set(losses)) == 1  # masks of held-out cells are the same every time
+    assert model.record is not None
+    assert model.record.steps == 6  # thirty cells in batches of twenty
+    assert not model.record.interrupted
+
+
+def test_early_stopping_lets_an_improving_training_go_on(model: GeneJEPA, tiny_training: dict[str, Any]) -> None:
+    model.train(**{**tiny_training, "max_epochs": 6}, early_stopping=True, patience=1, train_size=0.5)
+    losses = model.history["validation_loss"].dropna()
+    assert len(losses) == 6
+    assert losses.is_monotonic_decreasing
+
+
+def test_validation_does_not_change_the_training(
+    adata: anndata.AnnData, tiny_settings: dict[str, Any], tiny_training: dict[str, Any]
+) -> None:
+    def watched(patience: int) -> GeneJEPA:
+        model = GeneJEPA(adata, **tiny_settings)
+        model.train(**tiny_training, early_stopping=True, patience=patience)
+        return model
+
+    assert watched(5).weights_sha256() == watched(50).weights_sha256()
+
+
+def test_held_out_cells_are_apart_from_training_cells(
+    as_panel: Callable[[NDArray[np.float32]], PanelCounts],
+) -> None:
+    counts = as_panel(np.diag(np.arange(1, 21)).astype(np.float32))  # each cell has a gene of its own
+    train, held_out = runner.split_cells(counts, train_size=0.9, seed=0)
+    assert (train.n_obs, held_out.n_obs) == (18, 2)
+    assert sorted([*train.indices, *held_out.indices]) == list(range(20))
+    small = as_panel(np.eye(4, dtype=np.float32))
+    assert [part.n_obs for part in runner.split_cells(small, train_size=0.99, seed=0)] == [2, 2]
+
+
+class Watcher(Callback):
+    """Callback that notes the threads in use, and can stop the training as Ctrl-C does."""
+
+    def __init__(self, *, interrupt_at: int | None = None) -> None:
+        self.interrupt_at = interrupt_at
+        self.steps: list[int] = []
+        self.threads: set[int] = set()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
+        self.threads.add(torch.get_num_threads())
+        if trainer.global_step == self.interrupt_at:
+            raise KeyboardInterrupt
+
+
+class ListLogger(Logger):
+    """Logger that keeps the names of what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        return "list"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        return
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.names.update(metrics)
+
+
+def test_callbacks_and_loggers_of_the_user_are_called(
+    model: GeneJEPA, tiny_training: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    watcher, logger = Watcher(), ListLogger()
+    model.train(**{**tiny_training, "max_epochs": 4}, callbacks=[watcher], logger=logger)
+    assert watcher.steps == list(range(1, 13))
+    assert {"loss", "prediction", "diversity", "invariance", "information"} <= logger.names
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("interrupt_at", [1, 4])
+def test_ctrl_c_leaves_a_usable_model(
+    model: GeneJEPA, tiny_training: dict[str, Any], interrupt_at: int, tmp_path: Any
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    message = rf"interrupted at step {interrupt_at} of 6; the model is usable\.\nFix: call"
+    with pytest.warns(TrainingInterruptedWarning, match=message):
+        model.train(**tiny_training, callbacks=[Watcher(interrupt_at=interrupt_at)])
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert model.is_trained
+    assert model.record is not None
+    assert model.record.interrupted
+    assert model.record.steps == interrupt_at
+    vectors = model.get_latent_representation()
+    assert np.isfinite(vectors).all()
+    model.save(tmp_path / "model")
+    loaded = GeneJEPA.load(tmp_path / "model")
+    assert loaded.record is not None
+    assert loaded.record.interrupted
+
+    model.train(**tiny_training)
+    record = model.record
+    assert not record.interrupted
+    assert not np.array_equal(model.get_latent_representation(), vectors)
+
+
+def test_weights_that_are_not_numbers_are_reported(model: GeneJEPA, tiny_training: dict[str, Any]) -> None:
+    model.train(**tiny_training)
+    assert model.jepa is not None
+    with torch.no_grad():
+        model.jepa.predictor.gene_queries.fill_(torch.nan)
+    with pytest.raises(TrainingDivergedError, match=r"(?s)loss is nan at step 0.*prediction.*Fix: lower"):
+        model.train(**tiny_training)
+
+
+def test_a_diverged_training_can_be_repeated_with_a_lower_rate(model: GeneJEPA, tiny_training: dict[str, Any]) -> None:
+    with pytest.raises(TrainingDivergedError, match="Fix: lower `learning_rate`"):
+        model.train(**{**tiny_training, "max_epochs": 10}, learning_rate=1e30)
+    assert not model.is_trained
+    model.train(**tiny_training, learning_rate=1e-3)
+    assert np.isfinite(model.get_latent_representation()).all()
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["finishes", "diverges"])
+def test_the_process_is_left_as_it_was(
+    model: GeneJEPA,
+    tiny_training: dict[str, Any],
+    fails: bool,
+    global_rng_untouched: Callable[[], AbstractContextManager[None]],
+) -> None:
+    loggers = [logging.getLogger(f"pytorch_lightning{part}") for part in ("", ".utilities.rank_zero")]
+    before = (
+        torch.get_num_threads(),
+        [log.level for log in loggers],
+        torch.is_grad_enabled(),
+        signal.getsignal(signal.SIGTERM),
+        list(warnings.filters),
+    )
+    watcher = Watcher()
+    other = 1 if torch.get_num_threads() > 1 else 2
+    options = {**tiny_training, "threads": other, "callbacks": [watcher], "early_stopping": True}
+    with global_rng_untouched():
+        if fails:
+            with pytest.raises(TrainingDivergedError):
+                model.train(**{**options, "max_epochs": 10}, learning_rate=1e30)
+        else:
+            model.train(**options)
+    assert watcher.threads == {other}
+    after = (
+        torch.get_num_threads(),
+        [log.level for log in loggers],
+        torch.is_grad_enabled(),
+        signal.getsignal(signal.SIGTERM),
+        list(warnings.filters),
+    )
+    assert after == before
+
+
+@pytest.mark.parametrize("home", ["pytorch_lightning", "lightning.pytorch"])
+def test_training_tells_no_lightning_notices(
+    model: GeneJEPA,
+    tiny_training: dict[str, Any],
+    home: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The two distributions of Lightning share this variable; the one that was imported last owns it.
+    monkeypatch.setattr(rank_zero, "log", logging.getLogger(f"{home}.utilities.rank_zero"))
+    with caplog.at_level(logging.INFO):
+        model.train(**tiny_training)
+    assert [record.getMessage() for record in caplog.records if "lightning" in record.name] == []
+
+
+def test_automatic_settings_are_recorded(model: GeneJEPA) -> None:
+    model.train(max_epochs=1, accelerator="cpu", progress_bar=False)
+    assert model.record is not None
+    assert model.record.precision in {"32-true", "bf16-mixed"}
+    assert 1 <= model.record.threads <= torch.get_num_threads()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_every_precision_trains_and_embeds_in_32_bits(
+    model: GeneJEPA, tiny_training: dict[str, Any], precision: str
+) -> None:
+    model.train(**{**tiny_training, "precision": precision})
+    assert model.record is not None
+    assert model.record.precision == precision
+    assert model.jepa is not None
+    assert {weight.dtype for weight in model.jepa.state_dict().values()} == {torch.float32}
+    assert model.get_latent_representation().dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "target_steps", "n_obs", "expected"),
+    [(None, 600, 2560, 60), (None, 600, 100, 600), (None, 600, 10_000_000, 1), (7, 600, 10, 7)],
+    ids=["2,560 cells", "one batch", "ten million", "given"],
+)
+def test_number_of_epochs(max_epochs: int | None, target_steps: int, n_obs: int, expected: int) -> None:
+    train = TrainConfig(max_epochs=max_epochs, target_steps=target_steps, batch_size=256)
+    assert runner.n_epochs(GeneJEPAConfig(train=train), n_obs) == expected
