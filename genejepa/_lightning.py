@@ -10,7 +10,7 @@ from __future__ import annotations
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_module
 
 __all__ = [
     "Callback",
@@ -20,5 +20,5 @@ __all__ = [
     "RichProgressBar",
     "TQDMProgressBar",
     "Trainer",
-    "rank_zero_only",
+    "rank_zero_module",
 ]

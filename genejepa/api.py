@@ -66,7 +66,7 @@ def fit(
         GeneJEPA.setup_anndata(adata, layer=layer, batch_key=batch_key, labels_key=labels_key)
     model = GeneJEPA(adata, n_genes=n_genes, mask_var=mask_var, gene_symbols=gene_symbols, **settings)
     model.train(max_epochs=max_epochs, seed=seed, progress_bar=progress_bar, **(train_options or {}))
-    model.embed(adata, key_added=key_added)
+    model.write_embedding(adata, model.get_latent_representation(), key_added=key_added)
     return model
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from genejepa.data.panel import PanelCounts
     from genejepa.nn.encoder import CellEncoder
 
+_ROWS = 256
+"""Cells per pass, always: products of few rows take other kernels and round otherwise, so that the last bits of a
+cell's vector would depend on its batch mates."""
+
 
 @torch.no_grad()
 def encode_cells(
@@ -23,7 +27,6 @@ def encode_cells(
     *,
     index: NDArray[np.integer],
     keep: NDArray[np.bool_] | None = None,
-    batch_size: int = 1024,
 ) -> NDArray[np.float32]:
     """Cell vectors, (len(index), embedding_dim).
 
@@ -37,11 +40,9 @@ def encode_cells(
     encoder.eval()
     keep_mask = None if keep is None else torch.from_numpy(keep)
     vectors = []
-    for start in range(0, len(index), batch_size):
-        cells = index[start : start + batch_size]
-        # A product with one row takes another kernel and rounds otherwise: never pass a single cell.
-        padded = np.repeat(cells, 2) if len(cells) == 1 else cells
-        values, _ = normalizer.dense(counts, padded, keep=keep)
+    for start in range(0, len(index), _ROWS):
+        cells = index[start : start + _ROWS]
+        values, _ = normalizer.dense(counts, np.resize(cells, _ROWS), keep=keep)
         vectors.append(encoder(torch.from_numpy(values), keep_mask)[: len(cells)])
     if not vectors:
         return np.empty((0, encoder.embedding_dim), dtype=np.float32)

@@ -94,22 +94,20 @@ class JEPA(nn.Module):
     def forward(self, batch: Batch, *, target: Target = "ema") -> JEPAOutput:
         """Encode the views, the targets and the whole cell of a batch, and predict the targets.
 
-        The target encoder is given sets of genes of the whole cell, visible or not, without gradient. With
-        ``target="symmetric"`` the context encoder makes the targets itself, with gradient.
+        The target encoder sees the whole cell and carries no gradient; see
+        :meth:`genejepa.nn.encoder.GeneTokenEncoder.targets`. With ``target="symmetric"`` the context encoder makes the
+        targets itself, with gradient.
         """
         values, blocks = batch["values"], batch["blocks"]
         sets = batch["targets"].flatten(0, 1)  # (2 * n_targets, batch, n_blocks)
         everything = torch.ones_like(batch["views"][:1])
+        encoded = self.encoder.views(values, blocks, torch.cat([batch["views"], everything]))
+        views, whole = encoded[:2], encoded[2]
         if target == "symmetric":
-            encoded = self.encoder.views(values, blocks, torch.cat([batch["views"], everything, sets]))
-            first, second, whole, *_ = encoded
-            views, target_cell, target_sets = torch.stack([first, second]), whole, encoded[3:]
+            target_cell, target_sets = self.encoder.targets(values, blocks, sets)
         else:
-            encoded = self.encoder.views(values, blocks, torch.cat([batch["views"], everything]))
-            views, whole = encoded[:2], encoded[2]
             with torch.no_grad():
-                targets = self.target_encoder.views(values, blocks, torch.cat([everything, sets]))
-            target_cell, target_sets = targets[0], targets[1:]
+                target_cell, target_sets = self.target_encoder.targets(values, blocks, sets)
         queries = self.predictor.set_queries(blocks, batch["targets"])
         return JEPAOutput(
             views=views,

@@ -21,7 +21,7 @@ from genejepa.data.matching import match_genes
 from genejepa.data.normalization import Normalizer, cell_depth
 from genejepa.data.setup import Registration, register, registration_of
 from genejepa.encode import encode_cells
-from genejepa.errors import DataError, ModelFileError, NotTrainedError
+from genejepa.errors import DataError, ModelFileError, NotTrainedError, TrainingDivergedError
 from genejepa.jepa import JEPA
 from genejepa.persistence import StoredModel, load_model, save_model
 from genejepa.train.runner import RunOptions, RunResult
@@ -258,14 +258,19 @@ class GeneJEPA:
             self.jepa.start_from_axes(torch.from_numpy(tables), axes.spread(tables))
         else:
             logger.info("training goes on from the present weights")
-        result = run_training(
-            self.jepa,
-            self._counts,
-            self.normalizer,
-            loadings=axes.module_loadings(),
-            config=self.config,
-            options=options,
-        )
+        before = {name: tensor.clone() for name, tensor in self.jepa.state_dict().items()}
+        try:
+            result = run_training(
+                self.jepa,
+                self._counts,
+                self.normalizer,
+                loadings=axes.module_loadings(),
+                config=self.config,
+                options=options,
+            )
+        except TrainingDivergedError:
+            self.jepa.load_state_dict(before)
+            raise
         self.record = self._make_record(result, n_cells=self._counts.n_obs)
 
     def _new_network(self, seed: int) -> JEPA:
@@ -295,21 +300,20 @@ class GeneJEPA:
         *,
         layer: str | None = None,
         indices: Sequence[int] | NDArray[np.integer] | None = None,
-        batch_size: int = 1024,
     ) -> NDArray[np.float32]:
         """Cell vectors, (n_obs, embedding_dim), float32, always in 32-bit arithmetic.
+
+        A cell's vector does not depend, to the last bit, on which cells are embedded with it.
 
         Parameters
         ----------
         adata
-            Cells to embed; None embeds the training cells. Genes are matched by name: order and additional genes
-            do not matter, and missing genes count as not measured, not as zero.
+            Cells to embed; None embeds the cells given to the constructor or to :meth:`load`. Genes are matched by
+            name: order and additional genes do not matter, and missing genes count as not measured, not as zero.
         layer
             Layer with raw counts; None takes what is declared for ``adata``, else what the training used.
         indices
             Positions of the cells wanted; None for all.
-        batch_size
-            Cells per pass; changes memory, not the result.
 
         Raises
         ------
@@ -319,14 +323,16 @@ class GeneJEPA:
             If hardly any gene of the panel is present.
         """
         self._trained_record()
-        if adata is None or (adata is self.adata and layer is None):
-            counts, keep = self._training_counts(), None
+        keep = None
+        if adata is None and self._counts is not None:
+            counts = self._counts
         else:
-            counts, match = self._matched_counts(adata, layer)
-            keep = None if match.n_matched == len(self.genes) else match.columns >= 0
+            counts, match = self._matched_counts(self._given_or_loaded(adata), layer)
+            if match.n_matched < len(self.genes):
+                keep = match.columns >= 0
         index = np.arange(counts.n_obs) if indices is None else np.asarray(indices)
         assert self.jepa is not None
-        return encode_cells(self.jepa.encoder, counts, self.normalizer, index=index, keep=keep, batch_size=batch_size)
+        return encode_cells(self.jepa.encoder, counts, self.normalizer, index=index, keep=keep)
 
     def gene_report(self, adata: AnnData) -> GeneMatch:
         """Which genes of the panel ``adata`` has, by name."""
@@ -334,7 +340,11 @@ class GeneJEPA:
 
     def embed(self, adata: AnnData, *, layer: str | None = None, key_added: str = OBSM_KEY) -> None:
         """Write the cell vectors of ``adata`` to ``adata.obsm[key_added]``, and a record to ``adata.uns``."""
-        adata.obsm[key_added] = self.get_latent_representation(adata, layer=layer)
+        self.write_embedding(adata, self.get_latent_representation(adata, layer=layer), key_added=key_added)
+
+    def write_embedding(self, adata: AnnData, vectors: NDArray[np.float32], *, key_added: str = OBSM_KEY) -> None:
+        """Write vectors of this model, (n_obs, embedding_dim), where :meth:`embed` writes them."""
+        adata.obsm[key_added] = vectors
         entry = dict(adata.uns.get(UNS_KEY, {}))
         entry["version"] = __version__
         entry["model_id"] = self.model_id
@@ -398,7 +408,7 @@ class GeneJEPA:
             model.record = TrainingRecord(**config["training"])
             model.jepa = model._new_network(seed=0)
             model.jepa.load_state_dict(stored.tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelFileError(
                 f"{path} does not fit together: {error}", fix="save the model again, or copy it again."
             ) from error
@@ -427,15 +437,14 @@ class GeneJEPA:
             raise NotTrainedError("the model is not trained.", fix="call `model.train()` first.")
         return self.record
 
-    def _training_counts(self) -> PanelCounts:
-        if self._counts is not None:
-            return self._counts
-        if self.adata is None:
+    def _given_or_loaded(self, adata: AnnData | None) -> AnnData:
+        adata = self.adata if adata is None else adata
+        if adata is None:
             raise DataError(
                 "no cells were given, and a loaded model holds none.",
                 fix="pass `adata` here or to `GeneJEPA.load(path, adata)`.",
             )
-        return self._matched_counts(self.adata, None)[0]
+        return adata
 
     def _matched_counts(self, adata: AnnData, layer: str | None) -> tuple[PanelCounts, GeneMatch]:
         """Counts of ``adata`` over the panel of the model, and which genes were found."""

@@ -83,13 +83,14 @@ def save_model(dir_path: Path, stored: StoredModel, *, overwrite: bool = False) 
         raise FileExistsError(f"{dir_path} exists and is not a directory")
     if dir_path.is_dir() and any(dir_path.iterdir()) and not overwrite:
         raise FileExistsError(f"{dir_path} is not empty.\nFix: choose another name, or pass `overwrite=True`.")
+    config = {"format": "genejepa", "format_version": MODEL_FORMAT_VERSION, **stored.config}
+    config_bytes = json.dumps(config, indent=2, allow_nan=False).encode()
     dir_path.mkdir(parents=True, exist_ok=True)
     (dir_path / CONFIG_FILE).unlink(missing_ok=True)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in stored.tensors.items()}
     write_atomically(dir_path / WEIGHTS_FILE, tensors_to_bytes(contiguous))
     write_atomically(dir_path / GENES_FILE, _genes_to_csv(stored))
-    config = {"format": "genejepa", "format_version": MODEL_FORMAT_VERSION, **stored.config}
-    write_atomically(dir_path / CONFIG_FILE, json.dumps(config, indent=2, allow_nan=False).encode())
+    write_atomically(dir_path / CONFIG_FILE, config_bytes)
 
 
 def load_model(dir_path: Path) -> StoredModel:

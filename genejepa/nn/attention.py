@@ -64,8 +64,8 @@ class Read:
         shape = self.numerator.shape[:-1]
         numerator = self.numerator.view(*shape, n_latents, n_heads, -1)
         denominator = self.denominator.view(*shape, n_latents, n_heads, 1)
-        # Weights are at most 1 and sums of them are tiny only when no gene is visible.
-        return (numerator / denominator.clamp_min(1e-20)).flatten(-2)
+        # The smallest positive number: only a sum over no gene is below it, and its numerator is 0.
+        return (numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny)).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def read_blocks(tables: GeneTables, values: Tensor, blocks: Tensor) -> BlockRead
     Parameters
     ----------
     values : (batch, n_genes)
+        Finite, for hidden genes too.
     blocks : (n_blocks, block_size), int64
         Gene positions of each block; ``n_genes`` marks an empty place at the end of a shorter block.
     """
@@ -214,11 +215,13 @@ def reference_attention(
     tokens = identities + x[..., None] * values  # (batch, n_genes, dim)
 
     def heads(t: Tensor) -> Tensor:  # (batch, length, dim) -> (batch, n_heads, length, head_dim)
-        return t.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+        split: Tensor = t.unflatten(-1, (n_heads, -1))
+        return split.transpose(1, 2)
 
     q = heads(queries.expand(batch, n_latents, dim))
     k = heads(keys.expand(batch, n_genes, dim))
     logits = q @ k.transpose(-1, -2) / math.sqrt(dim // n_heads)
     logits = logits.masked_fill(~keep_mask[:, None, None, :], -torch.inf)
     attended: Tensor = logits.softmax(-1) @ heads(tokens)
-    return attended.transpose(1, 2).flatten(2)
+    out: Tensor = attended.transpose(1, 2).flatten(2)
+    return out

@@ -79,15 +79,44 @@ class GeneTokenEncoder(nn.Module):
         """Per-gene tables under the present weights; compute once per step."""
         return gene_tables(self.queries, self.keys, self.values, self.identities, self.n_heads)
 
-    def cell_vector(self, read: Read) -> Tensor:
-        """Cell vectors, (..., embedding_dim), of the reads of any number of views."""
-        shape = read.numerator.shape[:-1]
-        latents = read.normalised(n_latents=self.n_latents, n_heads=self.n_heads)
-        latents = (latents * self.log_scale.exp() + self.latents).flatten(0, -3)
+    def latents_of(self, read: Read) -> Tensor:
+        """Latents, (..., n_latents, dim), before the transformer blocks."""
+        return read.normalised(n_latents=self.n_latents, n_heads=self.n_heads) * self.log_scale.exp() + self.latents
+
+    def vectors(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
+        """Vectors, (..., embedding_dim), of latents (..., n_latents, dim).
+
+        Parameters
+        ----------
+        context : (..., n_latents, dim)
+            Further latents that the first attend to in the transformer blocks, but that are not read out.
+        """
+        shape = latents.shape[:-2]
+        if context is not None:
+            latents = torch.cat([latents, context.expand_as(latents)], -2)
+        latents = latents.flatten(0, -3)
         for block in self.blocks:
             latents = block(latents)
-        vector: Tensor = self.head(self.norm(latents).flatten(1))
+        vector: Tensor = self.head(self.norm(latents[:, : self.n_latents]).flatten(1))
         return vector.float().view(*shape, -1)
+
+    def targets(self, values: Tensor, blocks: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:
+        """Vector of the whole cell, (batch, embedding_dim), and of gene sets of it, (n_sets, batch, embedding_dim).
+
+        A set is read from its own genes; in the transformer blocks it attends to the whole cell. Its vector thus says
+        what these genes mean in this cell, as the targets of I-JEPA are patches encoded with the full image.
+
+        Parameters
+        ----------
+        values, blocks
+            As in :meth:`views`.
+        sets : (n_sets, batch, n_blocks)
+            1 where the set contains the block.
+        """
+        by_block = read_blocks(self.tables(), values, blocks)
+        whole = self.latents_of(by_block.select(torch.ones_like(sets[:1])))
+        parts = self.latents_of(by_block.select(sets))
+        return self.vectors(whole)[0], self.vectors(parts, context=whole)
 
     def views(self, values: Tensor, blocks: Tensor, membership: Tensor) -> Tensor:
         """Cell vectors of several views of a batch, each view a set of gene blocks.
@@ -104,7 +133,7 @@ class GeneTokenEncoder(nn.Module):
         -------
         (n_views, batch, embedding_dim)
         """
-        return self.cell_vector(read_blocks(self.tables(), values, blocks).select(membership))
+        return self.vectors(self.latents_of(read_blocks(self.tables(), values, blocks).select(membership)))
 
     def forward(self, values: Tensor, keep_mask: Tensor | None = None) -> Tensor:
         """Cell vectors, (batch, embedding_dim).
@@ -115,11 +144,11 @@ class GeneTokenEncoder(nn.Module):
         keep_mask : (n_genes,) or (batch, n_genes), bool
             True = use the gene.
         """
-        return self.cell_vector(read_dense(self.tables(), values, keep_mask))
+        return self.vectors(self.latents_of(read_dense(self.tables(), values, keep_mask)))
 
     def forward_ragged(self, gene_ids: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
         """Cell vectors of cells given as token lists; see :func:`genejepa.nn.attention.read_ragged`."""
-        return self.cell_vector(read_ragged(self.tables(), gene_ids, values, offsets))
+        return self.vectors(self.latents_of(read_ragged(self.tables(), gene_ids, values, offsets)))
 
 
 class MLPEncoder(nn.Module):
@@ -145,6 +174,11 @@ class MLPEncoder(nn.Module):
         flat = self(values.expand(len(membership), -1, -1).flatten(0, 1), keep_mask.flatten(0, 1))
         vectors: Tensor = flat.view(*membership.shape[:2], -1)
         return vectors
+
+    def targets(self, values: Tensor, blocks: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`GeneTokenEncoder.targets`, but a set is encoded alone: a perceptron has nothing to attend to."""
+        encoded = self.views(values, blocks, torch.cat([torch.ones_like(sets[:1]), sets]))
+        return encoded[0], encoded[1:]
 
     def forward(self, values: Tensor, keep_mask: Tensor | None = None) -> Tensor:
         """As :meth:`GeneTokenEncoder.forward`."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from genejepa._lightning import LightningModule, Trainer
+    from genejepa.data.loader import StepDataset
     from genejepa.train.module import JEPAModule
 
 logger = logging.getLogger(__name__)
@@ -56,18 +57,29 @@ class HistoryRecorder(Callback):
             self.rows[-1]["validation_loss"] = float(value)
 
 
+class RankShare(Callback):
+    """Give every process of a distributed training its own cells; ranks are known only once it has started."""
+
+    def __init__(self, dataset: StepDataset) -> None:
+        self.dataset = dataset
+
+    def setup(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:
+        """Tell the data set which process this is."""
+        self.dataset.rank, self.dataset.world_size = trainer.global_rank, trainer.world_size
+
+
 class CollapseMonitor:
     """Warn in words when cell vectors lose their dimensions or all point one way.
 
     Parameters
     ----------
     min_rank_share
-        Smallest acceptable effective rank as a share of the largest possible one.
+        Smallest acceptable effective rank as a share of the largest possible one; never below a rank of 1.5.
     max_cosine
         Largest acceptable mean cosine between cells.
     """
 
-    def __init__(self, *, min_rank_share: float = 0.08, max_cosine: float = 0.9) -> None:
+    def __init__(self, *, min_rank_share: float = 0.05, max_cosine: float = 0.9) -> None:
         self.min_rank_share = min_rank_share
         self.max_cosine = max_cosine
         self._warned = False
@@ -86,7 +98,7 @@ class CollapseMonitor:
     def complaint(self, measures: dict[str, float], *, largest_rank: int) -> str | None:
         """What is wrong, in words, or None."""
         rank, cosine = measures["effective_rank"], measures["mean_cosine"]
-        if rank < self.min_rank_share * largest_rank:
+        if rank < max(1.5, self.min_rank_share * largest_rank):
             return (
                 f"The embedding is collapsing: its effective rank is {rank:.1f} of {largest_rank}, so the cells "
                 "differ in a few directions only"

@@ -122,7 +122,7 @@ class JEPAModule(LightningModule):
         Raises
         ------
         TrainingDivergedError
-            If the loss is NaN or infinite; the weights are those of the last good step.
+            If the loss is NaN or infinite.
         """
         # Dropout as a function of (seed, step): nothing depends on how a generator came to its position.
         torch.manual_seed((self.train_config.seed * 1_000_003 + int(batch["step"])) % 2**63)
@@ -130,8 +130,9 @@ class JEPAModule(LightningModule):
         if not torch.isfinite(loss):
             terms = {name: float(term) for name, term in self.last_terms.items()}
             raise TrainingDivergedError(
-                f"the training loss is {float(loss)} at step {int(batch['step'])} (terms: {terms}).",
-                fix="lower `learning_rate`, or use `precision='32-true'`.",
+                f"the training loss is {float(loss.detach())} at step {int(batch['step'])} (terms: {terms}).",
+                fix="lower `learning_rate` or use `precision='32-true'`, and train again; the weights are those "
+                "from before this training.",
             )
         self.last_terms["loss"] = loss.detach()
         self.log_dict(self.last_terms, batch_size=len(batch["values"]))

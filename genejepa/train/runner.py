@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from genejepa._lightning import EarlyStopping, TQDMProgressBar, Trainer
+from genejepa._lightning import EarlyStopping, TQDMProgressBar, Trainer, rank_zero_module
 from genejepa.data.loader import StepDataset, step_loader
 from genejepa.errors import ConfigError, TrainingInterruptedWarning
-from genejepa.train.callbacks import CollapseMonitor, HistoryRecorder
+from genejepa.train.callbacks import CollapseMonitor, HistoryRecorder, RankShare
 from genejepa.train.module import JEPAModule
 
 if TYPE_CHECKING:
@@ -143,7 +143,8 @@ def train(
     if options.compile:
         module.network = torch.compile(jepa)
     recorder = HistoryRecorder(every=math.ceil(total_steps / _N_RECORDS), monitor=CollapseMonitor())
-    trainer = _trainer(config, options, accelerator, precision, epochs, recorder, validate=held_out is not None)
+    ours = [recorder, RankShare(training)]
+    trainer = _trainer(config, options, accelerator, precision, epochs, ours, validate=held_out is not None)
     workers = options.num_workers
     loaders = [step_loader(training, num_workers=workers, pin_memory=accelerator == "cuda")]
     if held_out is not None:
@@ -152,9 +153,11 @@ def train(
     started = time.perf_counter()
     jepa.train()
     gpus = list(range(torch.cuda.device_count())) if accelerator == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), cpu_threads(threads), _quiet_lightning():
-        interrupted = _fit(trainer, module, loaders)
-    jepa.eval().to("cpu")
+    try:
+        with torch.random.fork_rng(devices=gpus), cpu_threads(threads), _quiet_lightning():
+            interrupted = _fit(trainer, module, loaders)
+    finally:
+        jepa.eval().to("cpu")
     return RunResult(
         history=recorder.rows,
         seconds=time.perf_counter() - started,
@@ -170,9 +173,9 @@ def _fit(trainer: Trainer, module: JEPAModule, loaders: list[Any]) -> bool:
     try:
         trainer.fit(module, *loaders)
     except (KeyboardInterrupt, SystemExit):
-        interrupted = True
-    else:
-        interrupted = bool(trainer.interrupted)
+        if not trainer.interrupted:  # somebody else's exit
+            raise
+    interrupted = bool(trainer.interrupted)
     if interrupted:
         warnings.warn(
             f"Training was interrupted at step {trainer.global_step} of {module.total_steps}; the model is usable.\n"
@@ -189,11 +192,11 @@ def _trainer(
     accelerator: str,
     precision: str,
     epochs: int,
-    recorder: HistoryRecorder,
+    ours: Sequence[Callback],
     *,
     validate: bool,
 ) -> Trainer:
-    callbacks: list[Callback] = [recorder, *options.callbacks]
+    callbacks: list[Callback] = [*ours, *options.callbacks]
     if options.progress_bar:
         callbacks.append(TQDMProgressBar(refresh_rate=10))
     if validate:
@@ -202,6 +205,8 @@ def _trainer(
         return Trainer(
             accelerator=accelerator,
             devices=options.devices,
+            # Which read-outs take part depends on the objectives.
+            strategy="auto" if options.devices in (1, "1") else "ddp_find_unused_parameters_true",
             precision=precision,  # type: ignore[arg-type]  # Lightning checks the literal itself
             max_epochs=epochs,
             callbacks=callbacks,
@@ -294,11 +299,10 @@ def cpu_threads(n: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Keep Lightning's notices about devices and workers away from the user for the length of a call."""
-    log = logging.getLogger("pytorch_lightning")
-    rank_zero = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    before = (log.level, rank_zero.level)
+    # Both Lightning distributions log through this one; whichever was imported last has named it.
+    log = rank_zero_module.log
+    before = log.level
     log.setLevel(logging.WARNING)
-    rank_zero.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             # Batches are whole steps made by our own dataset; more workers rarely pay on small data.
@@ -311,5 +315,4 @@ def _quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             yield
     finally:
-        log.setLevel(before[0])
-        rank_zero.setLevel(before[1])
+        log.setLevel(before)
