@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = genejepa.GeneJEPA(read("pbmc_facs", args.data)[0])
-    counts, normalizer = model._training_counts(), model.normalizer
+    counts, normalizer = model._counts, model.normalizer
     axes = principal_axes(counts, normalizer, n_components=64, seed=0)
     rows = []
     for precision in ("32-true", "bf16-mixed"):

@@ -85,14 +85,14 @@ class ObjectiveConfig:
     prediction: float = 1.0
     diversity: float = 0.2
     invariance: float = 2.0
-    information: float = 16.0
+    information: float = 12.0
     """Weight of the nats per count: of a cell's nats divided by the median depth, so that one weight serves
     shallow and deep data."""
     contrastive: float = 0.0
     diversity_kind: Diversity = "sliced_gaussian"
     likelihood: Likelihood = "multinomial"
     target: Target = "ema"
-    n_slices: int = 128
+    n_slices: int = 64
     """Random directions of the sliced regularisers."""
     temperature: float = 0.1
     """Temperature of the contrastive objective."""

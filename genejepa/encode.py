@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from genejepa.nn.attention import add_excess, read_dense
+from genejepa.nn.encoder import GeneTokenEncoder
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from genejepa.data.normalization import Normalizer
     from genejepa.data.panel import PanelCounts
@@ -38,12 +44,44 @@ def encode_cells(
         Genes that were measured; None for all.
     """
     encoder.eval()
-    keep_mask = None if keep is None else torch.from_numpy(keep)
-    vectors = []
+    if isinstance(encoder, GeneTokenEncoder):
+        one_pass = _gene_token_pass(encoder, counts, normalizer, keep)
+    else:
+        one_pass = _dense_pass(encoder, counts, normalizer, keep)
+    vectors = np.empty((len(index), encoder.embedding_dim), dtype=np.float32)
     for start in range(0, len(index), _ROWS):
         cells = index[start : start + _ROWS]
-        values, _ = normalizer.dense(counts, np.resize(cells, _ROWS), keep=keep)
-        vectors.append(encoder(torch.from_numpy(values), keep_mask)[: len(cells)])
-    if not vectors:
-        return np.empty((0, encoder.embedding_dim), dtype=np.float32)
-    return torch.cat(vectors).numpy()
+        vectors[start : start + _ROWS] = one_pass(np.resize(cells, _ROWS)).numpy()[: len(cells)]
+    return vectors
+
+
+def _gene_token_pass(
+    encoder: GeneTokenEncoder, counts: PanelCounts, normalizer: Normalizer, keep: NDArray[np.bool_] | None
+) -> Callable[[NDArray[np.integer]], Tensor]:
+    """Encoder of a fixed number of cells, from their stored counts only."""
+    tables = encoder.tables()
+    keep_mask = None if keep is None else torch.from_numpy(keep)
+    zeros = read_dense(tables, torch.from_numpy(normalizer.zero_values)[None], keep_mask)
+
+    def one_pass(cells: NDArray[np.integer]) -> Tensor:
+        stored = normalizer.sparse(counts, cells, keep=keep)
+        offsets = np.searchsorted(stored.rows, np.arange(len(cells)))
+        arrays = (stored.genes.astype(np.int64), stored.excess, offsets)
+        read = add_excess(zeros, tables, *map(torch.from_numpy, arrays))
+        return encoder.vectors(encoder.latents_of(read))
+
+    return one_pass
+
+
+def _dense_pass(
+    encoder: CellEncoder, counts: PanelCounts, normalizer: Normalizer, keep: NDArray[np.bool_] | None
+) -> Callable[[NDArray[np.integer]], Tensor]:
+    """Encoder of a fixed number of cells, from all values of the panel."""
+    keep_mask = None if keep is None else torch.from_numpy(keep)
+
+    def one_pass(cells: NDArray[np.integer]) -> Tensor:
+        values, _ = normalizer.dense(counts, cells, keep=keep)
+        vectors: Tensor = encoder(torch.from_numpy(values), keep_mask)
+        return vectors
+
+    return one_pass

@@ -76,8 +76,8 @@ class JEPA(nn.Module):
     def start_from_axes(self, axes: Tensor, spread: float) -> None:
         """Start the value tables of both encoders in the space of the principal axes of the data.
 
-        A random table reads random projections of the genes and spends most of a short training on finding the
-        directions that vary; see ``docs/objectives.md`` for what this start is worth.
+        A random table reads random projections of the genes, and a short training spends most of its steps on
+        finding the directions that vary.
 
         Parameters
         ----------

@@ -83,10 +83,16 @@ class Normalizer:
             frequency.astype(np.float32),
         )
 
-    def dense(
+    @property
+    def zero_values(self) -> NDArray[np.float32]:
+        """Value of a gene without counts, (n_genes,)."""
+        values: NDArray[np.float32] = np.clip(-self.mean / self.scale, -_CLIP, _CLIP)
+        return values
+
+    def sparse(
         self, counts: PanelCounts, index: NDArray[np.integer], *, keep: NDArray[np.bool_] | None = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Values and counts of some cells over the whole panel.
+    ) -> SparseValues:
+        """Values of some cells where they differ from :attr:`zero_values`.
 
         Parameters
         ----------
@@ -95,12 +101,6 @@ class Normalizer:
         keep : (n_genes,)
             Genes that were measured. Depth is counted over them and compared with the median depth that the
             training cells would have had over the same genes, so that absent genes do not look like shallow cells.
-
-        Returns
-        -------
-        values : (n, n_genes)
-            Entries of genes outside ``keep`` are meaningless and must be masked.
-        counts : (n, n_genes)
         """
         rows, genes, data = counts.rows(index)
         if keep is not None:
@@ -109,13 +109,41 @@ class Normalizer:
         depth = np.bincount(rows, data, len(index))
         share = 1.0 if keep is None else float(self.frequency[keep].sum())
         factor = self.median_depth * share / np.maximum(depth, 1.0)
+        stabilised = _stabilised(data, factor[rows], self.transform)
+        value = np.clip((stabilised - self.mean[genes]) / self.scale[genes], -_CLIP, _CLIP)
+        return SparseValues(rows, genes, value - self.zero_values[genes], data)
+
+    def dense(
+        self, counts: PanelCounts, index: NDArray[np.integer], *, keep: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Values and counts of some cells over the whole panel, both (n, n_genes).
+
+        Parameters as in :meth:`sparse`. Values of genes outside ``keep`` are meaningless and must be masked.
+        """
+        stored = self.sparse(counts, index, keep=keep)
         dense_counts = np.zeros((len(index), counts.n_genes), dtype=np.float32)
-        dense_counts[rows, genes] = data
-        centre = self.mean / self.scale
-        values = np.repeat(-centre[None], len(index), axis=0)
-        stabilised = _stabilised(data, factor[rows], self.transform) / self.scale[genes] - centre[genes]
-        values[rows, genes] = np.clip(stabilised, -_CLIP, _CLIP)
+        dense_counts[stored.rows, stored.genes] = stored.counts
+        values = np.repeat(self.zero_values[None], len(index), axis=0)
+        values[stored.rows, stored.genes] += stored.excess
         return values, dense_counts
+
+
+@dataclass(frozen=True, eq=False)
+class SparseValues:
+    """Stored counts of a batch and what they add to the value of a zero.
+
+    Attributes
+    ----------
+    rows, genes : (n_stored,), integer
+        Cell of the batch and gene of the panel, sorted by cell.
+    excess, counts : (n_stored,), float32
+        Value minus the value of a zero, and the count.
+    """
+
+    rows: NDArray[np.int64]
+    genes: NDArray[np.int32]
+    excess: NDArray[np.float32]
+    counts: NDArray[np.float32]
 
 
 def sampling_deviation(mean_counts: NDArray[np.float64], transform: Transform) -> NDArray[np.float64]:

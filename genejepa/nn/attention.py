@@ -186,6 +186,27 @@ def read_ragged(tables: GeneTables, gene_ids: Tensor, values: Tensor, offsets: T
     return Read(numerator, segment_sum(tables.weight))
 
 
+def add_excess(base: Read, tables: GeneTables, gene_ids: Tensor, excess: Tensor, offsets: Tensor) -> Read:
+    """Read cells that differ from one base cell at a few genes.
+
+    Counts are mostly zeros, so a cell is the cell of zeros plus its expressed genes: the cost is that of the stored
+    counts, not of the panel.
+
+    Parameters
+    ----------
+    base : Read of shape (1, ...)
+        Read of the base cell over the visible genes.
+    gene_ids : (n_stored,), int64
+        Visible genes, cell by cell.
+    excess : (n_stored,)
+        Value of the gene minus its value in the base cell.
+    offsets : (batch,), int64
+        Start of each cell in ``gene_ids``.
+    """
+    added = F.embedding_bag(gene_ids, tables.value, offsets, mode="sum", per_sample_weights=excess)
+    return Read(base.numerator + added, base.denominator.expand(len(offsets), -1))
+
+
 def reference_attention(
     queries: Tensor,
     keys: Tensor,

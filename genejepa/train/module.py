@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from genejepa.data.loader import Batch
     from genejepa.jepa import JEPA, JEPAOutput
 
+LOG_EVERY = 10
+"""Steps between two entries of the user's logger."""
+
 
 def learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
     """Factor of the learning rate: linear rise, then a cosine to zero.
@@ -135,7 +138,8 @@ class JEPAModule(LightningModule):
                 "from before this training.",
             )
         self.last_terms["loss"] = loss.detach()
-        self.log_dict(self.last_terms, batch_size=len(batch["values"]))
+        if (self.global_step + 1) % LOG_EVERY == 0:  # Lightning's bookkeeping costs as much as a tenth of a step
+            self.log_dict(self.last_terms, batch_size=len(batch["values"]))
         return loss
 
     def validation_step(self, batch: Batch, _batch_index: int) -> None:

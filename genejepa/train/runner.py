@@ -17,7 +17,7 @@ from genejepa._lightning import EarlyStopping, TQDMProgressBar, Trainer, rank_ze
 from genejepa.data.loader import StepDataset, step_loader
 from genejepa.errors import ConfigError, TrainingInterruptedWarning
 from genejepa.train.callbacks import CollapseMonitor, HistoryRecorder, RankShare
-from genejepa.train.module import JEPAModule
+from genejepa.train.module import LOG_EVERY, JEPAModule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -216,7 +216,7 @@ def _trainer(
             enable_model_summary=False,
             gradient_clip_val=config.train.gradient_clip or None,
             num_sanity_val_steps=0,
-            log_every_n_steps=10,
+            log_every_n_steps=LOG_EVERY,
             use_distributed_sampler=False,
         )
 

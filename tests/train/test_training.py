@@ -31,6 +31,8 @@ from genejepa.errors import CollapseWarning, TrainingDivergedError, TrainingInte
 from genejepa.jepa import JEPA
 from genejepa.model import GeneJEPA
 from genejepa.nn import ema
+from genejepa.nn.attention import read_dense
+from genejepa.nn.encoder import GeneTokenEncoder
 from genejepa.objectives import effective_rank
 from genejepa.train import module as training_module
 from genejepa.train import runner
@@ -170,6 +172,8 @@ def test_network_encodes_views_targets_and_whole_cells(bench: Bench) -> None:
         return keep[..., :N_GENES]
 
     close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}
+    encoder = jepa.target_encoder
+    assert isinstance(encoder, GeneTokenEncoder)
     torch.testing.assert_close(output.whole, jepa.encoder(values), **close)
     torch.testing.assert_close(output.target_cell, jepa.target_encoder(values), **close)
     for view in range(2):
@@ -178,11 +182,27 @@ def test_network_encodes_views_targets_and_whole_cells(bench: Bench) -> None:
         torch.testing.assert_close(output.predicted_cell[view], jepa.predictor(expected), **close)
         for target in range(2):
             hidden = mask(batch["targets"][view, target])
-            expected_set = jepa.target_encoder(values, hidden)
+            tables = encoder.tables()
+            whole = encoder.latents_of(read_dense(tables, values))
+            expected_set = encoder.vectors(encoder.latents_of(read_dense(tables, values, hidden)), context=whole)
             torch.testing.assert_close(output.target_sets[view, target], expected_set, **close)
             query = jepa.predictor.set_queries(blocks, batch["targets"][view, target])
             predicted = jepa.predictor(output.views[view], query)
             torch.testing.assert_close(output.predicted_sets[view, target], predicted, **close)
+
+
+@torch.no_grad()
+def test_target_of_a_set_depends_on_the_rest_of_the_cell(bench: Bench) -> None:
+    encoder = bench.module(ObjectiveConfig()).jepa.target_encoder
+    batch = bench.dataset[0]
+    sets = torch.zeros_like(batch["views"][:1])
+    sets[..., 0] = 1
+    outside = batch["blocks"][1][0]
+    changed = batch["values"].clone()
+    changed[:, outside] += 5
+    _, before = encoder.targets(batch["values"], batch["blocks"], sets)
+    _, after = encoder.targets(changed, batch["blocks"], sets)
+    assert (before - after).abs().amax(-1).min() > 1e-4
 
 
 @torch.no_grad()
