@@ -37,7 +37,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "genejepa, JEPA terms only": {"information": 0.0},
     "genejepa, MLP encoder": {"encoder": "mlp"},
     "genejepa, symmetric target": {"target": "symmetric"},
-    "genejepa, four targets": {"n_targets": 4},
 }
 
 

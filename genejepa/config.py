@@ -29,9 +29,9 @@ class ModelConfig:
     encoder: EncoderKind = "gene_tokens"
     embedding_dim: int = 64
     """Length of the cell vector."""
-    n_latents: int = 4
+    n_latents: int = 2
     """Perceiver latents that read the gene tokens."""
-    dim: int = 64
+    dim: int = 128
     """Width of a gene token and of a latent."""
     n_heads: int = 8
     """Heads of the read-in attention; divides ``dim``."""
@@ -85,7 +85,7 @@ class ObjectiveConfig:
     prediction: float = 1.0
     diversity: float = 0.2
     invariance: float = 2.0
-    information: float = 12.0
+    information: float = 10.0
     """Weight of the nats per count: of a cell's nats divided by the median depth, so that one weight serves
     shallow and deep data."""
     contrastive: float = 0.0

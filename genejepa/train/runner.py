@@ -36,7 +36,7 @@ _N_RECORDS = 100
 """Rows of the history of a full training, about."""
 
 _MIN_GAIN = 1.3
-"""A choice other than the plain one must be this much faster in the timing, so that noise does not decide."""
+"""More threads, or bfloat16, must be this much faster in the timing, so that noise does not decide."""
 
 
 @dataclass(frozen=True)
@@ -260,8 +260,8 @@ def resolve_cpu_settings(options: RunOptions, accelerator: str, *, n_genes: int)
         most = torch.get_num_threads()
         candidates = sorted({1, max(1, most // 2), most})
         timed = {n: time_product(n_genes, threads=n, dtype=torch.float32) for n in candidates}
-        fastest = min(candidates, key=lambda n: timed[n])
-        threads = fastest if timed[most] > _MIN_GAIN * timed[fastest] else most
+        # The fewest threads that are nearly as fast as any: more would only fight other programs for the cores.
+        threads = next(n for n in candidates if timed[n] <= _MIN_GAIN * min(timed.values()))
     if precision == "auto":
         plain = time_product(n_genes, threads=threads, dtype=torch.float32)
         half = time_product(n_genes, threads=threads, dtype=torch.bfloat16)
@@ -269,20 +269,22 @@ def resolve_cpu_settings(options: RunOptions, accelerator: str, *, n_genes: int)
     return precision, threads
 
 
-def time_product(n_genes: int, *, threads: int, dtype: torch.dtype, seconds: float = 0.03) -> float:
-    """Best time in seconds of one read-in product of 256 cells, tried for about ``seconds``."""
+def time_product(n_genes: int, *, threads: int, dtype: torch.dtype, seconds: float = 0.05) -> float:
+    """Mean time in seconds of one read-in product of 256 cells, repeated for about ``seconds``.
+
+    The mean, not the best: threads that wait for a core that another program uses are what a training would meet.
+    """
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(256, n_genes, generator=generator).to(dtype)
     right = torch.randn(n_genes, 256, generator=generator).to(dtype)
-    best = math.inf
     with cpu_threads(threads):
         _ = left @ right  # the first call sets up the kernel
-        until = time.perf_counter() + seconds
-        while time.perf_counter() < until:
-            started = time.perf_counter()
+        started = time.perf_counter()
+        repeats = 0
+        while time.perf_counter() - started < seconds:
             _ = left @ right
-            best = min(best, time.perf_counter() - started)
-    return best
+            repeats += 1
+    return (time.perf_counter() - started) / repeats
 
 
 @contextlib.contextmanager
