@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from genejepa.errors import DataError
 from genejepa.evaluate._folds import draw_cells, inner_folds, outer_folds
@@ -126,7 +127,11 @@ def predict_few_shot(
 
 def _fit_logistic(Z: NDArray[np.float64], codes: Codes, folds: Folds) -> LogisticRegression:
     """Fit a multinomial logistic regression; `folds` choose its penalty, without any it is that of C=1."""
-    with warnings.catch_warnings(action="error", category=ConvergenceWarning):
+    # One thread: products this small are slower with more, tenfold when another program uses the cores.
+    with (
+        threadpool_limits(1),
+        warnings.catch_warnings(action="error", category=ConvergenceWarning),
+    ):
         try:
             strength = _choose_strength(Z, codes, folds) if folds else 1.0
             return LogisticRegression(C=strength, max_iter=_MAX_ITER).fit(Z, codes)
