@@ -23,7 +23,7 @@ _LABELS: Final = {
     "invariance": "Invariance term",
     "information": "Information term",
     "contrastive": "Contrastive term",
-    "effective_rank": "Effective rank (dimensions)",
+    "effective_rank": "Effective rank",
     "mean_cosine": "Mean cosine between cells",
     "learning_rate": "Learning rate",
 }

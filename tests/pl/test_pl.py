@@ -150,7 +150,7 @@ class TestTraining:
     def test_panels(self) -> None:
         figure = pl.training(self.history, figure=Figure())
         labels = [ax.get_ylabel() for ax in figure.axes]
-        assert labels == ["Loss (sum of the terms)", "Prediction error", "Effective rank (dimensions)"]
+        assert labels == ["Loss (sum of the terms)", "Prediction error", "Effective rank"]
         assert {ax.get_xlabel() for ax in figure.axes} == {"Step"}
         assert len(figure.axes[2].lines[0].get_xdata()) == 20  # type: ignore[arg-type]
 
