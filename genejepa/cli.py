@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -364,14 +363,10 @@ def _refuse_existing(path: Path, *, overwrite: bool) -> None:
 
 def _write_cells(adata: AnnData, path: Path) -> None:
     """Write an h5ad file so that a reader sees the old content or the new one, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    from genejepa.persistence import replacing
+
+    with replacing(path) as temporary:
         adata.write_h5ad(temporary)
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_tables(tables: Sequence[pd.DataFrame], path: Path) -> None:

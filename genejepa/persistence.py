@@ -6,6 +6,7 @@ source, training record) and ``genes.csv`` (the panel in order). Nothing is pick
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -21,6 +22,8 @@ from genejepa._constants import CONFIG_FILE, GENES_FILE, MODEL_FORMAT_VERSION, W
 from genejepa.errors import ModelFileError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -49,17 +52,19 @@ class StoredModel:
     gene_numbers: NDArray[np.float32]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part of it.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file to write, and put it in the place of ``path`` when the block ends without an error.
 
-    The bytes go to a temporary file in the same directory, which is flushed to disk and renamed; the directory
-    entry is flushed too. The file gets the permissions that ``umask`` allows.
+    A reader sees the old content or the new one, never a part of it: the temporary file lies in the same directory,
+    is flushed to disk and renamed; the directory entry is flushed too. The file gets the permissions that ``umask``
+    allows.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield Path(temporary)
+        with Path(temporary).open("r+b") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101  # mkstemp gives 0600, unreadable to colleagues
         os.replace(temporary, path)  # noqa: PTH105  # both are names, not Path objects
@@ -67,6 +72,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write bytes by :func:`replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def save_model(dir_path: Path, stored: StoredModel, *, overwrite: bool = False) -> None:
