@@ -38,8 +38,8 @@ def fit(
     adata
         Raw counts, (n_obs, n_vars).
     layer, batch_key, labels_key
-        As in :meth:`genejepa.GeneJEPA.setup_anndata`. Leave them out for an AnnData that is set up already, also
-        for scvi-tools.
+        As in :meth:`genejepa.GeneJEPA.setup_anndata`; a ``batch_key`` is corrected for. Leave them out for an AnnData
+        that is set up already, also for scvi-tools.
     n_genes, mask_var, gene_symbols, **settings
         As in :class:`genejepa.GeneJEPA`.
     key_added
@@ -84,7 +84,8 @@ def embed(
     ----------
     adata
         Raw counts. Genes are matched by name; their order does not matter, extra genes are ignored, and missing
-        genes count as not measured.
+        genes count as not measured. Of a model trained with a ``batch_key``, cells whose batch is not known to it
+        are embedded without correction, with a warning in the log.
     model
         A model, or the directory of a saved one.
     layer

@@ -139,7 +139,7 @@ def fit(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")],
     layer: Layer = None,
     batch_key: Annotated[
-        str | None, typer.Option(help="Column of obs with the batch: genes then vary within batches.")
+        str | None, typer.Option(help="Column of obs with the batch to correct for, such as the technology.")
     ] = None,
     labels_key: LabelsKey = None,
     n_genes: Annotated[int, typer.Option(min=0, help="Highly variable genes to use; 0 for all expressed ones.")] = 2000,

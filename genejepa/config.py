@@ -39,13 +39,15 @@ class ModelConfig:
     """Transformer blocks over the latents."""
     predictor_dim: int = 256
     dropout: float = 0.0
+    n_axes: int = 30
+    """Principal axes that the linear path of the gene-token encoder starts from; 0 for no linear path."""
     transform: Transform = "sqrt"
     """Variance-stabilising function of the depth-normalised counts."""
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_at_least(self, 1, "embedding_dim", "n_latents", "dim", "n_heads", "predictor_dim")
-        _check_at_least(self, 0, "n_layers")
+        _check_at_least(self, 0, "n_layers", "n_axes")
         _check_range(self, 0.0, 0.9, "dropout")
         if self.dim % self.n_heads:
             raise ConfigError(
@@ -65,6 +67,10 @@ class MaskConfig:
     """The first view sees a share of the blocks drawn from U(min_keep, max_keep); the second sees the rest."""
     module_fraction: float = 0.5
     """Share of the steps whose blocks are co-expression modules; the others use random blocks."""
+    thinned_fraction: float = 0.5
+    """Share of the cells of a step whose views are made from thinned counts; their targets are not thinned."""
+    min_depth: float = 0.2
+    """A thinned cell keeps a share of its molecules drawn log-uniformly from min_depth to 1."""
     n_targets: int = 1
     """Target blocks asked for per view, in addition to the whole cell. 1: all that the view cannot see."""
 
@@ -73,7 +79,8 @@ class MaskConfig:
         _check_at_least(self, 1, "n_targets")
         if self.n_blocks & (self.n_blocks - 1):
             raise ConfigError(f"`n_blocks` is {self.n_blocks}, which is not a power of two.", fix="choose 8, 16 or 32.")
-        _check_range(self, 0.0, 1.0, "min_keep", "max_keep", "module_fraction")
+        _check_range(self, 0.0, 1.0, "min_keep", "max_keep", "module_fraction", "thinned_fraction")
+        _check_range(self, 1e-3, 1.0, "min_depth")
         if self.min_keep > self.max_keep:
             raise ConfigError(f"`min_keep`={self.min_keep} is above `max_keep`={self.max_keep}.", fix="swap the two.")
 
@@ -86,9 +93,11 @@ class ObjectiveConfig:
     diversity: float = 0.2
     invariance: float = 2.0
     information: float = 10.0
-    """Weight of the nats per count: of a cell's nats divided by the median depth, so that one weight serves
-    shallow and deep data."""
+    """Weight of the nats per count: of a cell's nats divided by its depth, or by the median depth if that is more, so
+    that one weight serves shallow and deep data."""
     contrastive: float = 0.0
+    alignment: float = 10.0
+    """Counts only if there are batches: makes the vectors of every batch spread alike."""
     diversity_kind: Diversity = "sliced_gaussian"
     likelihood: Likelihood = "multinomial"
     target: Target = "ema"
@@ -99,7 +108,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("prediction", "diversity", "invariance", "information", "contrastive"):
+        for name in ("prediction", "diversity", "invariance", "information", "contrastive", "alignment"):
             _check_range(self, 0.0, float("inf"), name)
         _check_at_least(self, 1, "n_slices")
         _check_range(self, 1e-6, float("inf"), "temperature")

@@ -61,13 +61,14 @@ def _gene_token_pass(
     """Encoder of a fixed number of cells, from their stored counts only."""
     tables = encoder.tables()
     keep_mask = None if keep is None else torch.from_numpy(keep)
-    zeros = read_dense(tables, torch.from_numpy(normalizer.zero_values)[None], keep_mask)
+    zeros = read_dense(tables, torch.from_numpy(normalizer.zero_values), keep_mask)
 
     def one_pass(cells: NDArray[np.integer]) -> Tensor:
         stored = normalizer.sparse(counts, cells, keep=keep)
         offsets = np.searchsorted(stored.rows, np.arange(len(cells)))
         arrays = (stored.genes.astype(np.int64), stored.excess, offsets)
-        read = add_excess(zeros, tables, *map(torch.from_numpy, arrays))
+        base = zeros if normalizer.batches is None else zeros.rows(torch.from_numpy(stored.batch))
+        read = add_excess(base, tables, *map(torch.from_numpy, arrays))
         return encoder.vectors(encoder.latents_of(read))
 
     return one_pass

@@ -9,6 +9,7 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from genejepa.nn.predictor import GeneSetPredictor
 
 if TYPE_CHECKING:
     from genejepa.config import ModelConfig, Target
+    from genejepa.data.axes import PrincipalAxes
     from genejepa.data.loader import Batch
 
 
@@ -54,8 +56,8 @@ class JEPA(nn.Module):
     ----------
     n_genes
         Genes of the panel.
-    log_frequency : (n_genes,)
-        Log of the mean share of each gene in the counts.
+    log_frequency : (n_batches + 1, n_genes)
+        Log of the mean share of each gene in the counts of each batch, and of all cells in the last row.
     """
 
     def __init__(self, n_genes: int, config: ModelConfig, log_frequency: Tensor) -> None:
@@ -73,28 +75,28 @@ class JEPA(nn.Module):
         return self
 
     @torch.no_grad()
-    def start_from_axes(self, axes: Tensor, spread: float) -> None:
-        """Start the value tables of both encoders in the space of the principal axes of the data.
+    def start_from_axes(self, axes: PrincipalAxes, *, seed: int) -> None:
+        """Start both encoders in the space of the principal axes of the data.
 
-        A random table reads random projections of the genes, and a short training spends most of its steps on
-        finding the directions that vary.
-
-        Parameters
-        ----------
-        axes : (n_genes, <= dim)
-            Axes scaled to the weight each should have.
-        spread
-            Root mean square of ``values @ axes`` over training cells; sets the scale of the read-in.
+        A random value table reads random projections of the genes, and a short training spends most of its steps on
+        finding the directions that vary. The tables start as a rotation of the axes, and the linear path as the
+        principal coordinates of the cells.
         """
+        tables = axes.start_tables(self.config.dim, seed=seed)
+        spread = axes.spread(tables)
         for encoder in (self.encoder, self.target_encoder):
-            if isinstance(encoder, GeneTokenEncoder):
-                encoder.values[:, : axes.shape[1]] = axes
-                encoder.log_scale.fill_(float(torch.log(torch.tensor(encoder.n_genes / (4.0 * spread)))))
+            if not isinstance(encoder, GeneTokenEncoder):
+                continue
+            encoder.values[:, : tables.shape[1]] = torch.from_numpy(tables)
+            encoder.log_scale.fill_(float(np.log(encoder.n_genes / (4.0 * spread))))
+            if self.config.n_axes:
+                coordinates = axes.coordinates(self.config.n_axes, self.config.embedding_dim, seed=seed)
+                encoder.start_linear_path(torch.from_numpy(axes.values), torch.from_numpy(coordinates))
 
     def forward(self, batch: Batch, *, target: Target = "ema") -> JEPAOutput:
         """Encode the views, the targets and the whole cell of a batch, and predict the targets.
 
-        The target encoder sees the whole cell and carries no gradient; see
+        The target encoder sees the whole cell, with all its molecules, and carries no gradient; see
         :meth:`genejepa.nn.encoder.GeneTokenEncoder.targets`. With ``target="symmetric"`` the context encoder makes the
         targets itself, with gradient.
         """
@@ -104,10 +106,10 @@ class JEPA(nn.Module):
         encoded = self.encoder.views(values, blocks, torch.cat([batch["views"], everything]))
         views, whole = encoded[:2], encoded[2]
         if target == "symmetric":
-            target_cell, target_sets = self.encoder.targets(values, blocks, sets)
+            target_cell, target_sets = self.encoder.targets(batch["whole_values"], blocks, sets)
         else:
             with torch.no_grad():
-                target_cell, target_sets = self.target_encoder.targets(values, blocks, sets)
+                target_cell, target_sets = self.target_encoder.targets(batch["whole_values"], blocks, sets)
         queries = self.predictor.set_queries(blocks, batch["targets"])
         return JEPAOutput(
             views=views,

@@ -15,11 +15,12 @@ from genejepa._constants import OBSM_KEY, UNS_KEY
 from genejepa._version import __version__
 from genejepa.config import GeneJEPAConfig
 from genejepa.data.axes import principal_axes
+from genejepa.data.batches import BatchScaling
 from genejepa.data.counts import check_counts, panel_counts, read_counts, slot_name
 from genejepa.data.genes import gene_names, resolve_panel
 from genejepa.data.matching import match_genes
 from genejepa.data.normalization import Normalizer, cell_depth
-from genejepa.data.setup import Registration, register, registration_of
+from genejepa.data.setup import Registration, batch_codes, register, registration_of
 from genejepa.encode import encode_cells
 from genejepa.errors import DataError, ModelFileError, NotTrainedError, TrainingDivergedError
 from genejepa.jepa import JEPA
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MIN_CELLS = 4
+_BATCHES = "batches."
+_BATCH_ARRAYS = ("centre", "gain", "frequency")
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,11 @@ class GeneJEPA:
         self.record: TrainingRecord | None = None
         self._counts: PanelCounts | None = panel_counts(counts, columns)
         self.normalizer = Normalizer.fit(self._counts, transform=self.config.model.transform)
+        if self.registration.batch_key is not None:
+            codes, names = batch_codes(adata, self.registration.batch_key)
+            self._counts = replace(self._counts, batch=codes)
+            scaling = BatchScaling.fit(self._counts, self.normalizer, tuple(names))
+            self.normalizer = replace(self.normalizer, batches=scaling)
 
     @staticmethod
     def setup_anndata(
@@ -142,8 +150,10 @@ class GeneJEPA:
         layer
             Layer with raw counts; None for ``X``.
         batch_key
-            Column of ``obs`` with the batch. Genes are then chosen for varying within batches. The embedding
-            itself is not corrected for batches.
+            Column of ``obs`` with the batch, such as the technology or the donor, to correct for: genes are chosen
+            for varying within batches, values are taken relative to the batch, the count read-out knows the batch,
+            and the vectors of every batch are made to spread alike. This assumes that batches hold about the same
+            kinds of cell. Do not use it where a batch is a kind of cell: that difference would be removed.
         labels_key
             Column of ``obs`` with labels: only for reports and probes, never seen in training.
 
@@ -254,8 +264,7 @@ class GeneJEPA:
         axes = principal_axes(self._counts, self.normalizer, n_components=n_components, seed=seed)
         if self.jepa is None:
             self.jepa = self._new_network(seed)
-            tables = axes.start_tables(self.config.model.dim, seed=seed)
-            self.jepa.start_from_axes(torch.from_numpy(tables), axes.spread(tables))
+            self.jepa.start_from_axes(axes, seed=seed)
         else:
             logger.info("training goes on from the present weights")
         before = {name: tensor.clone() for name, tensor in self.jepa.state_dict().items()}
@@ -276,7 +285,9 @@ class GeneJEPA:
     def _new_network(self, seed: int) -> JEPA:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            log_frequency = torch.from_numpy(np.log(self.normalizer.frequency))
+            batches = self.normalizer.batches
+            frequency = self.normalizer.frequency[None] if batches is None else batches.frequency
+            log_frequency = torch.from_numpy(np.log(frequency))
             return JEPA(len(self.genes), self.config.model, log_frequency).eval()
 
     def _make_record(self, result: RunResult, *, n_cells: int) -> TrainingRecord:
@@ -310,6 +321,8 @@ class GeneJEPA:
         adata
             Cells to embed; None embeds the cells given to the constructor or to :meth:`load`. Genes are matched by
             name: order and additional genes do not matter, and missing genes count as not measured, not as zero.
+            If the model was trained with a ``batch_key``, that column says which batch a cell is from; cells of a
+            batch that the training did not have, or without that column, are embedded as they are, with a warning.
         layer
             Layer with raw counts; None takes what is declared for ``adata``, else what the training used.
         indices
@@ -362,16 +375,21 @@ class GeneJEPA:
         """
         record = self._trained_record()
         assert self.jepa is not None
+        tensors = self.jepa.state_dict()
+        batches = self.normalizer.batches
+        if batches is not None:
+            tensors |= {_BATCHES + name: torch.from_numpy(getattr(batches, name)) for name in _BATCH_ARRAYS}
         config = {
             "version": __version__,
             "settings": self.config.to_dict(),
             "registration": asdict(self.registration),
             "gene_symbols": self.gene_symbols,
             "median_depth": self.normalizer.median_depth,
+            "batches": None if batches is None else list(batches.names),
             "training": asdict(record),
         }
         numbers = np.stack([self.normalizer.mean, self.normalizer.scale, self.normalizer.frequency], axis=1)
-        stored = StoredModel(config, self.jepa.state_dict(), self.genes, numbers)
+        stored = StoredModel(config, tensors, self.genes, numbers)
         save_model(Path(dir_path), stored, overwrite=overwrite)
 
     @classmethod
@@ -398,16 +416,22 @@ class GeneJEPA:
             model.gene_symbols = config["gene_symbols"]
             model.genes = stored.genes
             mean, scale, frequency = np.ascontiguousarray(stored.gene_numbers.T)
+            tensors = dict(stored.tensors)
+            batches = None
+            if config["batches"] is not None:
+                arrays = {name: tensors.pop(_BATCHES + name).numpy() for name in _BATCH_ARRAYS}
+                batches = BatchScaling(names=tuple(config["batches"]), **arrays)
             model.normalizer = Normalizer(
                 transform=model.config.model.transform,
                 median_depth=float(config["median_depth"]),
                 mean=mean,
                 scale=scale,
                 frequency=frequency,
+                batches=batches,
             )
             model.record = TrainingRecord(**config["training"])
             model.jepa = model._new_network(seed=0)
-            model.jepa.load_state_dict(stored.tensors)
+            model.jepa.load_state_dict(tensors)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelFileError(
                 f"{path} does not fit together: {error}", fix="save the model again, or copy it again."
@@ -454,6 +478,7 @@ class GeneJEPA:
             layer = self.registration.layer
         match = self.gene_report(adata)
         panel = panel_counts(_checked_counts(adata, layer), match.columns)
+        panel = replace(panel, batch=self._known_batches(adata))
         n_empty = int((cell_depth(panel) == 0).sum())
         if n_empty:
             logger.warning(
@@ -462,6 +487,24 @@ class GeneJEPA:
                 panel.n_obs,
             )
         return panel, match
+
+    def _known_batches(self, adata: AnnData) -> NDArray[np.int64] | None:
+        """Batch of each cell, (n_obs,), -1 for one that the training did not have; None for a model without batches."""
+        batches = self.normalizer.batches
+        if batches is None:
+            return None
+        key = registration_of(adata).batch_key or self.registration.batch_key
+        if key not in adata.obs:
+            logger.warning("`obs` has no column %r: the cells are embedded without batch correction", key)
+            return None
+        codes = batches.codes(adata.obs[key].astype(str).to_numpy())
+        if n_unknown := int((codes < 0).sum()):
+            logger.warning(
+                "%d of %d cells are of a batch that the training did not have; they are embedded without correction",
+                n_unknown,
+                adata.n_obs,
+            )
+        return codes
 
     def _symbols_in(self, adata: AnnData) -> str | None:
         """The gene-name column of the training data, where ``adata`` has it too."""

@@ -30,10 +30,13 @@ class PrincipalAxes:
         Orthonormal columns, by falling variance.
     deviations : (n_components,)
         Standard deviation of the cells along each axis.
+    values : (n_cells, n_genes)
+        Values of the cells, at most 8,192, that the axes were estimated on.
     """
 
     axes: NDArray[np.float32]
     deviations: NDArray[np.float32]
+    values: NDArray[np.float32]
 
     def module_loadings(self) -> NDArray[np.float32]:
         """Position of each gene among the leading axes, on the unit sphere, (n_genes, <= 16)."""
@@ -53,6 +56,18 @@ class PrincipalAxes:
         rotated = axes @ rotation.astype(np.float32)
         return np.ascontiguousarray(rotated / np.sqrt(np.mean(rotated**2)))
 
+    def coordinates(self, n_axes: int, dim: int, *, seed: int) -> NDArray[np.float32]:
+        """Coordinates of ``values`` along the leading axes, turned at random into ``dim`` dimensions, (n_cells, dim).
+
+        All dimensions then vary about alike, distances stay those of the leading axes, and the mean variance is 1.
+        """
+        scores = self.values @ self.axes[:, : min(n_axes, dim)]
+        scores -= scores.mean(0)
+        rng = np.random.default_rng([seed, 7])
+        rotation, _ = np.linalg.qr(rng.standard_normal((dim, scores.shape[1])))
+        turned = scores @ rotation.T.astype(np.float32)
+        return np.asarray(turned / max(float(turned.std()), 1e-8), dtype=np.float32)
+
     def spread(self, tables: NDArray[np.float32]) -> float:
         """Root mean square over cells of the products ``values @ tables``."""
         along = (self.axes.T @ tables) * self.deviations[:, None]
@@ -66,9 +81,9 @@ def principal_axes(counts: PanelCounts, normalizer: Normalizer, *, n_components:
     """
     n = min(counts.n_obs, _MAX_CELLS)
     index = np.sort(np.random.default_rng([seed, 5]).permutation(counts.n_obs)[:n])
-    values = torch.from_numpy(normalizer.dense(counts, index)[0])
+    values = normalizer.dense(counts, index)[0]
     k = min(n_components, *values.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # svd_lowrank draws from the global generator
-        _, singular, axes = torch.svd_lowrank(values, q=min(k + 8, *values.shape), niter=2)
-    return PrincipalAxes(axes[:, :k].contiguous().numpy(), (singular[:k] / np.sqrt(n)).numpy())
+        _, singular, axes = torch.svd_lowrank(torch.from_numpy(values), q=min(k + 8, *values.shape), niter=2)
+    return PrincipalAxes(axes[:, :k].contiguous().numpy(), (singular[:k] / np.sqrt(n)).numpy(), values)

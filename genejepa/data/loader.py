@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from genejepa.data.masking import draw_masks
+from genejepa.data.normalization import Thinning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,17 +22,21 @@ if TYPE_CHECKING:
     from genejepa.data.panel import PanelCounts
 
 _ORDER_STREAM = 2
+_THINNING_STREAM = 6
 
 
 class Batch(TypedDict):
     """One training step: cells, gene blocks, and the blocks that views see and targets hold.
 
-    Shapes: values and counts (batch, n_genes); blocks (n_blocks, block_size); views (2, batch, n_blocks);
-    targets (2, n_targets, batch, n_blocks); step ().
+    Shapes: values, whole_values and counts (batch, n_genes); blocks (n_blocks, block_size); views
+    (2, batch, n_blocks); targets (2, n_targets, batch, n_blocks); batch (batch,); step (). The context encoder reads
+    ``values``, of which some cells are thinned; the targets come from ``whole_values``, which are not.
     """
 
     values: Tensor
+    whole_values: Tensor
     counts: Tensor
+    batch: Tensor
     blocks: Tensor
     views: Tensor
     targets: Tensor
@@ -93,16 +98,32 @@ class StepDataset(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         share = slice(self.rank, None, self.world_size)
         index = self.cells(step)[share]
-        values, counts = self.normalizer.dense(self.counts, index)
+        whole_values, counts = self.normalizer.dense(self.counts, index)
+        values = whole_values
+        if self.masks.thinned_fraction > 0:
+            values = self._with_thinned_cells(whole_values, index, step)
         masks = draw_masks(self.masks, loadings=self.loadings, batch_size=self.batch_size, seed=self.seed, step=step)
         return Batch(
             values=torch.from_numpy(values),
+            whole_values=torch.from_numpy(whole_values),
             counts=torch.from_numpy(counts),
+            batch=torch.from_numpy(self.counts.batch_of(index)),
             blocks=torch.from_numpy(masks.blocks),
             views=torch.from_numpy(masks.views[:, share].astype(np.float32)),
             targets=torch.from_numpy(masks.targets[:, :, share].astype(np.float32)),
             step=torch.tensor(step),
         )
+
+    def _with_thinned_cells(
+        self, values: NDArray[np.float32], index: NDArray[np.int64], step: int
+    ) -> NDArray[np.float32]:
+        """Copy of the values of a step, (len(index), n_genes), in which some cells lose molecules at random."""
+        rng = np.random.default_rng([self.seed, _THINNING_STREAM, step, self.rank])
+        kept = np.exp(rng.uniform(np.log(self.masks.min_depth), 0.0, size=len(index)))
+        thinned = np.flatnonzero(rng.random(len(index)) < self.masks.thinned_fraction)
+        values = values.copy()
+        values[thinned], _ = self.normalizer.dense(self.counts, index[thinned], thinning=Thinning(kept[thinned], rng))
+        return values
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genejepa.config import Transform
+    from genejepa.data.batches import BatchScaling
     from genejepa.data.panel import PanelCounts
 
 _CLIP = 10.0
@@ -45,6 +47,8 @@ class Normalizer:
         Sampling deviations, times one factor that makes the mean variance of the values 1.
     frequency : (n_genes,), float32
         Share of each gene in all training counts; sums to 1.
+    batches
+        Adjustment of the values by batch, after the clipping above; they are clipped again. None: no adjustment.
     """
 
     transform: Transform
@@ -52,6 +56,7 @@ class Normalizer:
     mean: NDArray[np.float32]
     scale: NDArray[np.float32]
     frequency: NDArray[np.float32]
+    batches: BatchScaling | None = None
 
     @classmethod
     def fit(cls, counts: PanelCounts, *, transform: Transform) -> Normalizer:
@@ -83,14 +88,21 @@ class Normalizer:
             frequency.astype(np.float32),
         )
 
-    @property
+    @cached_property
     def zero_values(self) -> NDArray[np.float32]:
-        """Value of a gene without counts, (n_genes,)."""
-        values: NDArray[np.float32] = np.clip(-self.mean / self.scale, -_CLIP, _CLIP)
+        """Value of a gene without counts, (n_batches + 1, n_genes); the last row is for an unknown batch."""
+        values: NDArray[np.float32] = np.clip(-self.mean / self.scale, -_CLIP, _CLIP)[None]
+        if self.batches is not None:
+            values = np.clip((values - self.batches.centre) * self.batches.gain, -_CLIP, _CLIP)
         return values
 
     def sparse(
-        self, counts: PanelCounts, index: NDArray[np.integer], *, keep: NDArray[np.bool_] | None = None
+        self,
+        counts: PanelCounts,
+        index: NDArray[np.integer],
+        *,
+        keep: NDArray[np.bool_] | None = None,
+        thinning: Thinning | None = None,
     ) -> SparseValues:
         """Values of some cells where they differ from :attr:`zero_values`.
 
@@ -101,8 +113,12 @@ class Normalizer:
         keep : (n_genes,)
             Genes that were measured. Depth is counted over them and compared with the median depth that the
             training cells would have had over the same genes, so that absent genes do not look like shallow cells.
+        thinning
+            Molecules are lost at random before anything else; None keeps all.
         """
         rows, genes, data = counts.rows(index)
+        if thinning is not None:
+            data = thinning.apply(rows, data)
         if keep is not None:
             measured = keep[genes]
             rows, genes, data = rows[measured], genes[measured], data[measured]
@@ -111,19 +127,29 @@ class Normalizer:
         factor = self.median_depth * share / np.maximum(depth, 1.0)
         stabilised = _stabilised(data, factor[rows], self.transform)
         value = np.clip((stabilised - self.mean[genes]) / self.scale[genes], -_CLIP, _CLIP)
-        return SparseValues(rows, genes, value - self.zero_values[genes], data)
+        batch = counts.batch_of(index)
+        if self.batches is None:
+            return SparseValues(rows, genes, value - self.zero_values[0, genes], data, batch)
+        at = (batch[rows], genes)
+        value = np.clip((value - self.batches.centre[at]) * self.batches.gain[at], -_CLIP, _CLIP)
+        return SparseValues(rows, genes, value - self.zero_values[at], data, batch)
 
     def dense(
-        self, counts: PanelCounts, index: NDArray[np.integer], *, keep: NDArray[np.bool_] | None = None
+        self,
+        counts: PanelCounts,
+        index: NDArray[np.integer],
+        *,
+        keep: NDArray[np.bool_] | None = None,
+        thinning: Thinning | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Values and counts of some cells over the whole panel, both (n, n_genes).
 
         Parameters as in :meth:`sparse`. Values of genes outside ``keep`` are meaningless and must be masked.
         """
-        stored = self.sparse(counts, index, keep=keep)
+        stored = self.sparse(counts, index, keep=keep, thinning=thinning)
         dense_counts = np.zeros((len(index), counts.n_genes), dtype=np.float32)
         dense_counts[stored.rows, stored.genes] = stored.counts
-        values = np.repeat(self.zero_values[None], len(index), axis=0)
+        values = self.zero_values[stored.batch if self.batches is not None else np.zeros(len(index), dtype=np.int64)]
         values[stored.rows, stored.genes] += stored.excess
         return values, dense_counts
 
@@ -137,13 +163,39 @@ class SparseValues:
     rows, genes : (n_stored,), integer
         Cell of the batch and gene of the panel, sorted by cell.
     excess, counts : (n_stored,), float32
-        Value minus the value of a zero, and the count.
+        Value minus the value of a zero of the same batch, and the count.
+    batch : (n,), integer
+        Batch of each cell; the row of :attr:`Normalizer.zero_values` to start from.
     """
 
     rows: NDArray[np.int64]
     genes: NDArray[np.int32]
     excess: NDArray[np.float32]
     counts: NDArray[np.float32]
+    batch: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Thinning:
+    """Random loss of molecules: what a cell would look like if it had been sequenced less deeply.
+
+    Of independent Poisson counts, binomial thinning gives independent Poisson counts with smaller means.
+
+    Attributes
+    ----------
+    kept : (n,)
+        Share of the molecules of each cell that is kept, in expectation.
+    rng
+        Source of the draws.
+    """
+
+    kept: NDArray[np.float64]
+    rng: np.random.Generator
+
+    def apply(self, rows: NDArray[np.int64], counts: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Thinned counts, (n_stored,), of stored counts and the cells they belong to."""
+        n = np.rint(counts).astype(np.int64)
+        return self.rng.binomial(n, self.kept[rows]).astype(np.float32)
 
 
 def sampling_deviation(mean_counts: NDArray[np.float64], transform: Transform) -> NDArray[np.float64]:

@@ -28,12 +28,16 @@ class PanelCounts:
         Stored counts (molecules or reads), shape ``(nnz,)``, all positive.
     n_genes
         Number of genes of the panel, including genes that were not measured.
+    batch
+        Batch of each cell, shape ``(n_obs,)``: a row of :class:`genejepa.data.batches.BatchScaling`, or -1 if it is
+        unknown. None: all are.
     """
 
     indptr: NDArray[np.int64]
     indices: NDArray[np.int32]
     data: NDArray[np.float32]
     n_genes: int
+    batch: NDArray[np.int64] | None = None
 
     @property
     def n_obs(self) -> int:
@@ -77,4 +81,8 @@ class PanelCounts:
         """Counts of some cells, in the order of ``index``, shape ``(n,)``."""
         rows, genes, data = self.rows(index)
         indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(index)))]).astype(np.int64)
-        return PanelCounts(indptr, genes, data, self.n_genes)
+        return PanelCounts(indptr, genes, data, self.n_genes, None if self.batch is None else self.batch[index])
+
+    def batch_of(self, index: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Batch of some cells, shape ``(n,)``; -1 where it is unknown."""
+        return np.full(len(index), -1, dtype=np.int64) if self.batch is None else self.batch[index]

@@ -67,6 +67,10 @@ class Read:
         # The smallest positive number: only a sum over no gene is below it, and its numerator is 0.
         return (numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny)).flatten(-2)
 
+    def rows(self, index: Tensor) -> Read:
+        """Some cells, (n,), of a read of shape (batch, ...); any order, repeats allowed."""
+        return Read(self.numerator[index], self.denominator.expand(len(self.numerator), -1)[index])
+
 
 @dataclass(frozen=True)
 class BlockRead:
@@ -187,15 +191,15 @@ def read_ragged(tables: GeneTables, gene_ids: Tensor, values: Tensor, offsets: T
 
 
 def add_excess(base: Read, tables: GeneTables, gene_ids: Tensor, excess: Tensor, offsets: Tensor) -> Read:
-    """Read cells that differ from one base cell at a few genes.
+    """Read cells that differ from a base cell at a few genes.
 
     Counts are mostly zeros, so a cell is the cell of zeros plus its expressed genes: the cost is that of the stored
     counts, not of the panel.
 
     Parameters
     ----------
-    base : Read of shape (1, ...)
-        Read of the base cell over the visible genes.
+    base : Read of shape (1, ...) or (batch, ...)
+        Read of the base cell, or of that of each cell, over the visible genes.
     gene_ids : (n_stored,), int64
         Visible genes, cell by cell.
     excess : (n_stored,)

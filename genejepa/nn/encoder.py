@@ -44,6 +44,9 @@ class TransformerBlock(nn.Module):
 class GeneTokenEncoder(nn.Module):
     """Perceiver over gene tokens: latents read the visible genes, mix, and are joined into the cell vector.
 
+    The cell vector is the sum of a head on the mixed, normalised latents and of a linear path from the read itself,
+    which training starts at the principal coordinates of the cells.
+
     Parameters
     ----------
     n_genes
@@ -74,6 +77,21 @@ class GeneTokenEncoder(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(dim, dropout=config.dropout) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(self.n_latents * dim, config.embedding_dim)
+        self.linear_path = nn.Linear(self.n_latents * dim, config.embedding_dim) if config.n_axes else None
+
+    def start_linear_path(self, values: Tensor, coordinates: Tensor) -> None:
+        """Set the linear path to give ``coordinates``, (n, embedding_dim), for cells with ``values``, (n, n_genes).
+
+        By least squares from what the latents read; a small ridge keeps directions that no cell varies along at 0.
+        """
+        assert self.linear_path is not None
+        read = self.latents_of(read_dense(self.tables(), values)).flatten(-2)
+        mean = read.mean(0)
+        gram = (read - mean).T @ (read - mean)
+        ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+        weight = torch.linalg.solve(gram + ridge, (read - mean).T @ coordinates)
+        self.linear_path.weight.copy_(weight.T)
+        self.linear_path.bias.copy_(-(mean @ weight))
 
     def tables(self) -> GeneTables:
         """Per-gene tables under the present weights; compute once per step."""
@@ -95,9 +113,12 @@ class GeneTokenEncoder(nn.Module):
         if context is not None:
             latents = torch.cat([latents, context.expand_as(latents)], -2)
         latents = latents.flatten(0, -3)
+        mixed = latents
         for block in self.blocks:
-            latents = block(latents)
-        vector: Tensor = self.head(self.norm(latents[:, : self.n_latents]).flatten(1))
+            mixed = block(mixed)
+        vector: Tensor = self.head(self.norm(mixed[:, : self.n_latents]).flatten(1))
+        if self.linear_path is not None:
+            vector = vector + self.linear_path(latents[:, : self.n_latents].flatten(1))
         return vector.float().view(*shape, -1)
 
     def targets(self, values: Tensor, blocks: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:

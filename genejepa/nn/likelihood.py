@@ -13,21 +13,28 @@ class CountReadout(nn.Module):
     ----------
     embedding_dim
         Length of the cell vector.
-    log_frequency : (n_genes,)
-        Log of the mean share of each gene in the training counts.
+    log_frequency : (n_batches + 1, n_genes)
+        Log of the mean share of each gene in the training counts of every batch, and of all cells in the last row.
+        What differs between batches is thus known, and the cell vector need not say it.
     """
 
     log_frequency: Tensor
 
     def __init__(self, embedding_dim: int, log_frequency: Tensor) -> None:
         super().__init__()
-        self.linear = nn.Linear(embedding_dim, len(log_frequency))
+        n_genes = log_frequency.shape[1]
+        self.linear = nn.Linear(embedding_dim, n_genes)
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
-        self.log_dispersion = nn.Parameter(torch.zeros(len(log_frequency)))
+        self.log_dispersion = nn.Parameter(torch.zeros(n_genes))
         self.register_buffer("log_frequency", log_frequency)
 
     def forward(self, z: Tensor) -> Tensor:
         """Log fold changes, (batch, n_genes), of cell vectors (batch, embedding_dim)."""
         logits: Tensor = self.linear(z)
         return logits
+
+    def expected(self, batch: Tensor) -> Tensor:
+        """Log frequencies, (n, n_genes) or (1, n_genes), of cells of the given batches, (n,); -1: unknown."""
+        frequency: Tensor = self.log_frequency
+        return frequency if len(frequency) == 1 else frequency[batch]

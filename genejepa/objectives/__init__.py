@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from genejepa.objectives.alignment import alignment_loss
 from genejepa.objectives.contrastive import contrastive_loss
 from genejepa.objectives.diagnostics import effective_rank, mean_pairwise_cosine
 from genejepa.objectives.diversity import diversity_loss, sigreg_loss, sliced_gaussian_loss, vicreg_loss
@@ -9,6 +10,7 @@ from genejepa.objectives.information import information_loss
 from genejepa.objectives.prediction import invariance_loss, prediction_loss
 
 __all__ = [
+    "alignment_loss",
     "contrastive_loss",
     "diversity_loss",
     "effective_rank",

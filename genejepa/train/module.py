@@ -12,6 +12,7 @@ from genejepa._lightning import LightningModule
 from genejepa.errors import TrainingDivergedError
 from genejepa.nn.ema import ema_decay, update_average
 from genejepa.objectives import (
+    alignment_loss,
     contrastive_loss,
     diversity_loss,
     information_loss,
@@ -51,7 +52,7 @@ class JEPAModule(LightningModule):
     total_steps
         Length of the schedules of the learning rate and of the target encoder's decay.
     median_depth
-        Counts of a median cell over the panel; turns nats per cell into nats per count.
+        Counts of a median cell over the panel; with the cell's own depth, turns nats per cell into nats per count.
     """
 
     def __init__(
@@ -80,6 +81,13 @@ class JEPAModule(LightningModule):
         """Every objective with a weight above zero, unweighted."""
         config = self.objectives
         terms: dict[str, Tensor] = {}
+        directions = random_directions(
+            output.views.shape[-1],
+            config.n_slices,
+            seed=self.train_config.seed,
+            step=int(batch["step"]),
+            device=output.views.device,
+        )
         if config.prediction > 0:
             terms["prediction"] = prediction_loss(output.predicted_sets, output.target_sets) + prediction_loss(
                 output.predicted_cell, output.target_cell.expand_as(output.predicted_cell)
@@ -87,28 +95,27 @@ class JEPAModule(LightningModule):
         if config.invariance > 0:
             terms["invariance"] = invariance_loss(output.views)
         if config.diversity > 0:
-            directions = random_directions(
-                output.views.shape[-1],
-                config.n_slices,
-                seed=self.train_config.seed,
-                step=int(batch["step"]),
-                device=output.views.device,
-            )
             terms["diversity"] = torch.stack(
                 [diversity_loss(z, kind=config.diversity_kind, directions=directions) for z in output.views]
             ).mean()
         if config.information > 0:
             readout = self.jepa.readout
-            nats_per_cell = information_loss(
+            # A cell ten times as deep does not say ten times as much: its counts are more than Poisson dispersed.
+            weight = 1.0 / batch["counts"].sum(1).clamp(min=self.median_depth)
+            terms["information"] = information_loss(
                 readout(output.whole),
                 batch["counts"],
-                readout.log_frequency,
+                readout.expected(batch["batch"]),
                 likelihood=config.likelihood,
                 log_dispersion=readout.log_dispersion,
+                weight=weight,
             )
-            terms["information"] = nats_per_cell / self.median_depth
         if config.contrastive > 0:
             terms["contrastive"] = contrastive_loss(*output.views, temperature=config.temperature)
+        if config.alignment > 0 and len(self.jepa.readout.log_frequency) > 1:
+            terms["alignment"] = torch.stack(
+                [alignment_loss(z, batch["batch"], directions) for z in output.views]
+            ).mean()
         return terms
 
     def weighted_loss(self, batch: Batch) -> Tensor:

@@ -59,6 +59,8 @@ def make_dataset(
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     return {
         "values": batch["values"],
+        "whole_values": batch["whole_values"],
+        "batch": batch["batch"],
         "counts": batch["counts"],
         "blocks": batch["blocks"],
         "views": batch["views"],
@@ -132,7 +134,7 @@ def test_shares_of_the_ranks_are_disjoint_and_complete(counts: PanelCounts, worl
         assert sum(len(part["values"]) for part in parts) == 7
         for part, rows in zip(parts, place, strict=True):
             assert torch.equal(part["blocks"], batch["blocks"])
-            assert torch.equal(part["values"], batch["values"][rows])
+            assert torch.equal(part["whole_values"], batch["whole_values"][rows])
             assert torch.equal(part["counts"], batch["counts"][rows])
             assert torch.equal(part["views"], batch["views"][:, rows])
             assert torch.equal(part["targets"], batch["targets"][:, :, rows])

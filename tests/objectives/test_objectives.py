@@ -412,3 +412,24 @@ def test_mean_cosine_equals_the_mean_over_all_pairs(skewed: Tensor) -> None:
     unit = z / np.linalg.norm(z, axis=1, keepdims=True)
     pairs = (unit @ unit.T)[np.triu_indices(N, k=1)]
     assert mean_pairwise_cosine(skewed) == pytest.approx(pairs.mean(), rel=1e-5)
+
+
+@each_likelihood
+def test_weights_multiply_the_nats_of_each_cell(
+    likelihood: Likelihood, counts: Tensor, logits: Tensor, log_frequency: Tensor
+) -> None:
+    dispersion = torch.zeros(counts.shape[1])
+
+    def loss(rows: slice, weight: Tensor | None) -> Tensor:
+        return information_loss(
+            logits[rows],
+            counts[rows],
+            log_frequency,
+            likelihood=likelihood,
+            log_dispersion=dispersion,
+            weight=weight,
+        )
+
+    weight = torch.linspace(0, 2, len(counts))
+    each = torch.stack([loss(slice(i, i + 1), None) for i in range(len(counts))])
+    torch.testing.assert_close(loss(slice(None), weight), (weight * each).mean())

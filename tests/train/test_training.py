@@ -25,6 +25,8 @@ from genejepa.config import (
     Target,
     TrainConfig,
 )
+from genejepa.data.axes import PrincipalAxes, principal_axes
+from genejepa.data.batches import BatchScaling
 from genejepa.data.loader import StepDataset, step_loader
 from genejepa.data.normalization import Normalizer
 from genejepa.errors import CollapseWarning, TrainingDivergedError, TrainingInterruptedWarning
@@ -58,12 +60,17 @@ class Bench:
     """A network and batches for it, without the class around them."""
 
     dataset: StepDataset
-    log_frequency: Tensor
+
+    @property
+    def axes(self) -> PrincipalAxes:
+        return principal_axes(self.dataset.counts, self.dataset.normalizer, n_components=16, seed=0)
 
     def module(self, objectives: ObjectiveConfig, *, model: ModelConfig = SIZES, total_steps: int = 10) -> JEPAModule:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            jepa = JEPA(N_GENES, model, self.log_frequency).train()
+            normalizer = self.dataset.normalizer
+            frequency = normalizer.frequency[None] if normalizer.batches is None else normalizer.batches.frequency
+            jepa = JEPA(N_GENES, model, torch.from_numpy(np.log(frequency))).train()
         return JEPAModule(
             jepa,
             objectives=objectives,
@@ -85,7 +92,25 @@ def bench(rng: np.random.Generator, as_panel: Callable[[NDArray[np.float32]], Pa
         batch_size=8,
         seed=0,
     )
-    return Bench(dataset, torch.from_numpy(np.log(normalizer.frequency)))
+    return Bench(dataset)
+
+
+@pytest.fixture
+def bench_of_batches(bench: Bench) -> Bench:
+    """The same cells in two batches, and steps of all of them."""
+    counts = replace(bench.dataset.counts, batch=np.arange(N_OBS) % 2)
+    scaling = BatchScaling.fit(counts, bench.dataset.normalizer, ("one", "two"))
+    normalizer = replace(bench.dataset.normalizer, batches=scaling)
+    return Bench(
+        StepDataset(
+            counts,
+            normalizer,
+            loadings=bench.dataset.loadings,
+            masks=bench.dataset.masks,
+            batch_size=N_OBS,
+            seed=0,
+        )
+    )
 
 
 def gradients(part: nn.Module) -> dict[str, float]:
@@ -149,13 +174,57 @@ def test_an_objective_without_weight_is_off(bench: Bench, weights: dict[str, flo
     assert any(gradients(module.jepa.encoder).values())
 
 
-def test_loss_is_the_weighted_sum_of_the_terms(bench: Bench) -> None:
-    weights = {"prediction": 0.5, "diversity": 2.0, "invariance": 3.0, "information": 0.1, "contrastive": 0.7}
-    module = bench.module(ObjectiveConfig(**weights))  # type: ignore[arg-type]  # weights only
-    loss = module.weighted_loss(bench.dataset[0])
-    assert set(module.last_terms) == set(weights)
-    expected = sum(weight * float(module.last_terms[name]) for name, weight in weights.items())
+WEIGHTS = {
+    "prediction": 0.5,
+    "diversity": 2.0,
+    "invariance": 3.0,
+    "information": 0.1,
+    "contrastive": 0.7,
+    "alignment": 4.0,
+}
+
+
+def test_loss_is_the_weighted_sum_of_the_terms(bench_of_batches: Bench) -> None:
+    module = bench_of_batches.module(ObjectiveConfig(**WEIGHTS))  # type: ignore[arg-type]  # weights only
+    loss = module.weighted_loss(bench_of_batches.dataset[0])
+    assert set(module.last_terms) == set(WEIGHTS)
+    assert float(module.last_terms["alignment"]) > 0
+    expected = sum(weight * float(module.last_terms[name]) for name, weight in WEIGHTS.items())
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_batches_there_is_no_alignment(bench: Bench) -> None:
+    module = bench.module(ObjectiveConfig(**WEIGHTS))  # type: ignore[arg-type]  # weights only
+    module.weighted_loss(bench.dataset[0])
+    assert set(module.last_terms) == set(WEIGHTS) - {"alignment"}
+
+
+def test_alignment_is_switched_off_by_its_weight(bench_of_batches: Bench) -> None:
+    module = bench_of_batches.module(ObjectiveConfig(alignment=0.0))
+    module.weighted_loss(bench_of_batches.dataset[0])
+    assert "alignment" not in module.last_terms
+
+
+def test_alignment_trains_the_encoder_alone(bench_of_batches: Bench) -> None:
+    others = dict.fromkeys(set(WEIGHTS) - {"alignment"}, 0.0)
+    module = bench_of_batches.module(ObjectiveConfig(**others))  # type: ignore[arg-type]  # weights only
+    module.weighted_loss(bench_of_batches.dataset[0]).backward()
+    assert all(gradients(module.jepa.encoder).values())
+    for part in (module.jepa.predictor, module.jepa.readout, module.jepa.target_encoder):
+        assert not any(gradients(part).values())
+
+
+@torch.no_grad()
+def test_readout_knows_the_batch_of_a_cell(bench_of_batches: Bench) -> None:
+    module = bench_of_batches.module(ObjectiveConfig())
+    module.jepa.readout.linear.weight.zero_()
+    batch = bench_of_batches.dataset[0]
+    module.weighted_loss(batch)
+    assert float(module.last_terms["information"]) == pytest.approx(0.0, abs=1e-4)
+    scaling = bench_of_batches.dataset.normalizer.batches
+    assert scaling is not None
+    expected = np.log(scaling.frequency[batch["batch"].numpy()])
+    np.testing.assert_allclose(module.jepa.readout.expected(batch["batch"]), expected, atol=1e-6)
 
 
 @torch.no_grad()
@@ -163,7 +232,8 @@ def test_network_encodes_views_targets_and_whole_cells(bench: Bench) -> None:
     jepa = bench.module(ObjectiveConfig()).jepa
     batch = bench.dataset[0]
     output = jepa(batch)
-    values, blocks = batch["values"], batch["blocks"]
+    values, whole_values, blocks = batch["values"], batch["whole_values"], batch["blocks"]
+    assert not torch.equal(values, whole_values)  # some cells are thinned
 
     def mask(membership: Tensor) -> Tensor:
         keep = torch.zeros(*membership.shape[:-1], N_GENES + 1, dtype=torch.bool)
@@ -175,7 +245,7 @@ def test_network_encodes_views_targets_and_whole_cells(bench: Bench) -> None:
     encoder = jepa.target_encoder
     assert isinstance(encoder, GeneTokenEncoder)
     torch.testing.assert_close(output.whole, jepa.encoder(values), **close)
-    torch.testing.assert_close(output.target_cell, jepa.target_encoder(values), **close)
+    torch.testing.assert_close(output.target_cell, jepa.target_encoder(whole_values), **close)
     for view in range(2):
         expected = jepa.encoder(values, mask(batch["views"][view]))
         torch.testing.assert_close(output.views[view], expected, **close)
@@ -183,8 +253,9 @@ def test_network_encodes_views_targets_and_whole_cells(bench: Bench) -> None:
         for target in range(2):
             hidden = mask(batch["targets"][view, target])
             tables = encoder.tables()
-            whole = encoder.latents_of(read_dense(tables, values))
-            expected_set = encoder.vectors(encoder.latents_of(read_dense(tables, values, hidden)), context=whole)
+            whole = encoder.latents_of(read_dense(tables, whole_values))
+            read = read_dense(tables, whole_values, hidden)
+            expected_set = encoder.vectors(encoder.latents_of(read), context=whole)
             torch.testing.assert_close(output.target_sets[view, target], expected_set, **close)
             query = jepa.predictor.set_queries(blocks, batch["targets"][view, target])
             predicted = jepa.predictor(output.views[view], query)
@@ -212,7 +283,8 @@ def test_prediction_of_a_hidden_set_sees_no_hidden_value(bench: Bench) -> None:
     before = jepa(batch)
     for cell in range(8):
         hidden = batch["blocks"][batch["views"][0, cell] == 0].flatten()
-        batch["values"][cell, hidden[hidden < N_GENES]] += 3.0
+        for name in ("values", "whole_values"):
+            batch[name][cell, hidden[hidden < N_GENES]] += 3.0
     after = jepa(batch)
     torch.testing.assert_close(after.predicted_sets[0], before.predicted_sets[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(after.predicted_cell[0], before.predicted_cell[0], atol=1e-5, rtol=1e-4)
@@ -224,7 +296,7 @@ def test_target_encoder_starts_as_the_encoder_and_has_no_dropout(bench: Bench) -
     assert jepa.training
     assert jepa.encoder.training
     assert not jepa.target_encoder.training
-    jepa.start_from_axes(torch.ones(N_GENES, 4), spread=2.0)
+    jepa.start_from_axes(bench.axes, seed=0)
     targets = jepa.target_encoder.state_dict()
     for name, weight in jepa.encoder.state_dict().items():
         assert torch.equal(weight, targets[name]), name
@@ -333,7 +405,8 @@ LONG: dict[str, Any] = {"batch_size": 60, "embedding_dim": 64, "dropout": 0.0, "
 def test_a_model_without_diversity_and_information_collapses_and_says_so(
     adata: anndata.AnnData, tiny_settings: dict[str, Any], tiny_training: dict[str, Any]
 ) -> None:
-    settings = {**tiny_settings, **LONG, "diversity": 0.0, "information": 0.0}
+    # Without the linear path: what starts as principal coordinates takes longer to collapse.
+    settings = {**tiny_settings, **LONG, "n_axes": 0, "diversity": 0.0, "information": 0.0}
     model = GeneJEPA(adata, **settings)
     with pytest.warns(CollapseWarning, match="(?s)collapsing.*effective rank is.*of 59.*Fix: raise `diversity`"):
         model.train(**{**tiny_training, "max_epochs": 80})
@@ -346,9 +419,10 @@ def test_a_model_with_defaults_learns_without_collapse(
     model = GeneJEPA(adata, **{**tiny_settings, **LONG, "embedding_dim": 32})
     model.train(**{**tiny_training, "max_epochs": 40})  # any warning is an error
     history = model.history
-    assert effective_rank(torch.from_numpy(model.get_latent_representation())) > 3.0
-    for term in ("loss", "prediction", "diversity", "information"):
+    assert effective_rank(torch.from_numpy(model.get_latent_representation())) > 8.0
+    for term in ("loss", "prediction", "information"):
         assert history[term].tail(5).mean() < history[term].head(5).mean(), term
+    assert history["diversity"].max() < 0.5  # the linear path starts spread out, and a collapsed batch costs above 1
     assert history["information"].iloc[-1] < -0.1
 
 
