@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 from genejepa._version import __version__
 
 if TYPE_CHECKING:
-    from genejepa import config, datasets, errors, evaluate, pl
+    from genejepa import bench, config, datasets, errors, evaluate, pl
     from genejepa.api import embed, fit
+    from genejepa.bench.api import benchmark
     from genejepa.model import GeneJEPA
 
 __all__ = [
     "GeneJEPA",
     "__version__",
+    "bench",
+    "benchmark",
     "config",
     "datasets",
     "embed",
@@ -27,7 +30,12 @@ __all__ = [
     "pl",
 ]
 
-_HOME = {"GeneJEPA": "genejepa.model", "fit": "genejepa.api", "embed": "genejepa.api"}
+_HOME = {
+    "GeneJEPA": "genejepa.model",
+    "benchmark": "genejepa.bench.api",
+    "embed": "genejepa.api",
+    "fit": "genejepa.api",
+}
 
 
 def __getattr__(name: str) -> Any:

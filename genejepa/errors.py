@@ -50,6 +50,10 @@ class ConfigError(GeneJEPAError, ValueError):
     """A parameter has a value outside its range."""
 
 
+class MissingPackageError(GeneJEPAError, ImportError):
+    """An optional package is needed, and it is not installed."""
+
+
 class TrainingDivergedError(GeneJEPAError, RuntimeError):
     """The training loss became NaN or infinite."""
 

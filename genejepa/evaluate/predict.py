@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
@@ -13,16 +15,29 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from genejepa.data.slots import finite_matrix
 from genejepa.errors import DataError
-from genejepa.evaluate._folds import draw_cells, inner_folds, outer_folds
+from genejepa.evaluate._folds import Codes, draw_cells, inner_folds, outer_folds
 from genejepa.evaluate._input import at_least, check_arrays
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
-    from genejepa.evaluate._folds import Codes, Folds
+    from genejepa.evaluate._folds import Folds
 
-__all__ = ["C_GRID", "Draw", "predict_few_shot", "predict_knn", "predict_linear"]
+__all__ = [
+    "C_GRID",
+    "Draw",
+    "fit_few_shot",
+    "fit_linear",
+    "predict_few_shot",
+    "predict_knn",
+    "predict_linear",
+    "predict_linear_views",
+]
+
+Predict: TypeAlias = Callable[[NDArray[np.float64]], Codes]
+"""Predicts class codes, (n_cells,), of an embedding, (n_cells, dim)."""
 
 C_GRID: Final = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2)
 """Inverse strengths of the L2 penalty among which the logistic regression is chosen."""
@@ -57,15 +72,31 @@ def predict_linear(
     numpy.ndarray
         Predicted labels, shape (n_cells,). A `DataError` says why arrays cannot be used or split.
     """
+    return predict_linear_views(Z, {"Z": Z}, labels, groups=groups, n_splits=n_splits, seed=seed)["Z"]
+
+
+def predict_linear_views(
+    Z: ArrayLike,
+    views: Mapping[str, ArrayLike],
+    labels: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    n_splits: int = 5,
+    seed: int = 0,
+) -> dict[str, NDArray[Any]]:
+    """Fit as `predict_linear` does, on `Z`, and predict every cell from other embeddings of it.
+
+    A view, (n_cells, dim), holds the same cells as `Z`, such as after thinning, in the same space. Within a fold
+    one model serves all views, and it has seen none of the cells that it predicts, in no view.
+    """
     Z, codes, classes, group_codes = check_arrays(Z, labels, groups)
-    predicted = np.empty_like(codes)
+    checked = {name: _check_view(view, name, Z.shape) for name, view in views.items()}
+    predicted = {name: np.empty_like(codes) for name in checked}
     for train, test in outer_folds(codes, group_codes, n_splits=n_splits, seed=seed):
-        scaler = StandardScaler().fit(Z[train])
-        inner_groups = None if group_codes is None else group_codes[train]
-        inner = inner_folds(codes[train], inner_groups, seed=seed)
-        model = _fit_logistic(scaler.transform(Z[train]), codes[train], inner)
-        predicted[test] = model.predict(scaler.transform(Z[test]))
-    return classes[predicted]
+        predict = fit_linear(Z[train], codes[train], None if group_codes is None else group_codes[train], seed=seed)
+        for name, view in checked.items():
+            predicted[name][test] = predict(view[test])
+    return {name: classes[values] for name, values in predicted.items()}
 
 
 def predict_knn(
@@ -117,12 +148,35 @@ def predict_few_shot(
     for draw in range(n_draws):
         rng = np.random.default_rng([seed, draw])
         train, test = draw_cells(codes, group_codes, n_per_class=n_per_class, rng=rng)
-        center = Z[train].mean(axis=0)
-        scale = float((Z[train] - center).std()) or 1.0
-        inner = inner_folds(codes[train], None, seed=int(rng.integers(2**31)))
-        model = _fit_logistic((Z[train] - center) / scale, codes[train], inner)
-        draws.append(Draw(train, test, classes[model.predict((Z[test] - center) / scale)]))
+        predict = fit_few_shot(Z[train], codes[train], rng=rng)
+        draws.append(Draw(train, test, classes[predict(Z[test])]))
     return draws
+
+
+def fit_linear(Z: NDArray[np.float64], codes: Codes, groups: Codes | None = None, *, seed: int = 0) -> Predict:
+    """Fit the model of `predict_linear` on all rows, with scale and penalty from these rows; groups as there."""
+    scaler = StandardScaler().fit(Z)
+    model = _fit_logistic(scaler.transform(Z), codes, inner_folds(codes, groups, seed=seed))
+    return lambda queries: model.predict(scaler.transform(queries))
+
+
+def fit_few_shot(Z: NDArray[np.float64], codes: Codes, *, rng: np.random.Generator) -> Predict:
+    """Fit the model of `predict_few_shot` on all rows; `rng` makes the inner folds."""
+    center = Z.mean(axis=0)
+    scale = float((Z - center).std()) or 1.0
+    model = _fit_logistic((Z - center) / scale, codes, inner_folds(codes, None, seed=int(rng.integers(2**31))))
+    return lambda queries: model.predict((queries - center) / scale)
+
+
+def _check_view(values: ArrayLike, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Return a view of the cells of `Z` in the space of `Z`."""
+    view = finite_matrix(values, name=name)
+    if view.shape != shape:
+        raise DataError(
+            f"The view {name!r} has shape {view.shape}, expected {shape}, that of `Z`.",
+            fix="Embed the same cells by the same model.",
+        )
+    return view
 
 
 def _fit_logistic(Z: NDArray[np.float64], codes: Codes, folds: Folds) -> LogisticRegression:

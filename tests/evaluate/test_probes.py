@@ -321,3 +321,22 @@ def test_arrays_must_fit() -> None:
         predict_knn(np.zeros((4, 2)), ["a"] * 4)
     with pytest.raises(DataError, match="smallest class has 2 cells"):
         predict_linear(np.zeros((4, 2)), ["a", "a", "b", "b"])
+
+
+class TestViews:
+    """One model per fold serves the embedding and other views of the same cells."""
+
+    def test_the_embedding_as_a_view_is_the_probe_itself(self) -> None:
+        adata = make_adata(spread=0.7)
+        Z, labels = adata.obsm["X_genejepa"], adata.obs["cell_type"]
+        shifted = Z + 5.0
+        found = predict.predict_linear_views(Z, {"same": Z, "shifted": shifted}, labels, groups=adata.obs["donor"])
+        np.testing.assert_array_equal(found["same"], predict_linear(Z, labels, groups=adata.obs["donor"]))
+        assert np.mean(found["shifted"] == labels) < np.mean(found["same"] == labels)
+
+    def test_other_cells_or_dimensions_are_refused(self) -> None:
+        adata = make_adata()
+        Z, labels = adata.obsm["X_genejepa"], adata.obs["cell_type"]
+        for view in (Z[1:], Z[:, 1:]):
+            with pytest.raises(DataError, match=r"'worse' has shape .*expected \(150, 4\)"):
+                predict.predict_linear_views(Z, {"worse": view}, labels)
