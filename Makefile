@@ -1,16 +1,18 @@
 # make demo   fit the bundled blood cells and write a report
 # make test   run the tests
 # make lint, make types, make format   what else a change should pass
+# make benchmark   compare all methods (up to 90 minutes); DATA is the folder with the data sets
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= out/demo
+DATA ?= ../shared/data
 
 BIN := $(VENV)/bin
 # `-c constraints.txt` everywhere, so that no later install changes torch
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test lint types format
+.PHONY: demo test lint types format benchmark
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-genejepa
@@ -30,6 +32,10 @@ types: $(VENV)/.stamp-dev
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# goes on where it was interrupted; scores, figure and document are written even if some jobs fail
+benchmark: $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/suite.py --data $(DATA)
 
 # dependency groups need pip 25.1
 $(VENV)/.stamp-pip:

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/encoder_cost.py --threads 1
 
 Whole steps (views, targets, whole cell, objectives, backward, optimiser, moving average), the two encoders in turn,
-so that a change of the machine's load hits both. The accuracy of both is in ``embedding.csv``: rows "genejepa" and
-"genejepa, MLP encoder".
+so that a change of the machine's load hits both. The accuracy of both is in ``scores.csv``: methods "genejepa"
+and "genejepa, MLP encoder".
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
         arms = {}
         for kind in ("gene_tokens", "mlp"):
             config = GeneJEPAConfig().updated(encoder=kind)
-            jepa = JEPA(counts.n_genes, config.model, torch.from_numpy(np.log(normalizer.frequency))).train()
+            jepa = JEPA(counts.n_genes, config.model, torch.from_numpy(np.log(normalizer.frequency))[None]).train()
             module = JEPAModule(
                 jepa,
                 objectives=config.objectives,

@@ -108,7 +108,7 @@ def step_flops(config: GeneJEPAConfig, counts: PanelCounts, normalizer: Normaliz
         batch_size=batch_size,
         seed=0,
     )
-    jepa = JEPA(counts.n_genes, config.model, torch.from_numpy(np.log(normalizer.frequency)))
+    jepa = JEPA(counts.n_genes, config.model, torch.from_numpy(np.log(normalizer.frequency))[None])
     module = JEPAModule(
         jepa,
         objectives=config.objectives,
@@ -158,7 +158,7 @@ def run(size_name: str, *, precision: str, compile_network: bool, workers: int) 
     normalizer = Normalizer.fit(counts, transform=config.model.transform)
     axes = principal_axes(counts, normalizer, n_components=32, seed=0)
     torch.manual_seed(0)
-    jepa = JEPA(counts.n_genes, config.model, torch.from_numpy(np.log(normalizer.frequency)))
+    jepa = JEPA(counts.n_genes, config.model, torch.from_numpy(np.log(normalizer.frequency))[None])
     clock = StepClock()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
