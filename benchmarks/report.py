@@ -411,7 +411,8 @@ def cost(costs: pd.DataFrame) -> list[str]:
 
 
 def median_and_range(values: pd.Series[float]) -> str:
-    """Median, smallest and largest value to three digits."""
+    """Median, smallest and largest of the values that are known, to three digits."""
+    values = values.dropna()
     if values.empty:
         return NONE
     median, low, high = (
