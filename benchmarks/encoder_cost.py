@@ -20,7 +20,6 @@ from _common import DEVELOPMENT_DATA, RESULTS, read
 
 import genejepa
 from genejepa.config import GeneJEPAConfig
-from genejepa.data.axes import principal_axes
 from genejepa.data.loader import StepDataset
 from genejepa.jepa import JEPA
 from genejepa.nn.ema import update_average
@@ -37,7 +36,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = genejepa.GeneJEPA(read("pbmc_facs", args.data)[0])
     counts, normalizer = model._counts, model.normalizer
-    axes = principal_axes(counts, normalizer, n_components=64, seed=0)
     rows = []
     for precision in ("32-true", "bf16-mixed"):
         arms = {}
@@ -52,14 +50,7 @@ def main() -> None:
                 median_depth=normalizer.median_depth,
             )
             arms[kind] = (module, module.configure_optimizers()["optimizer"])
-        dataset = StepDataset(
-            counts,
-            normalizer,
-            loadings=axes.module_loadings(),
-            masks=config.masks,
-            batch_size=config.train.batch_size,
-            seed=0,
-        )
+        dataset = StepDataset(counts, normalizer, masks=config.masks, batch_size=config.train.batch_size, seed=0)
         times: dict[str, list[float]] = {kind: [] for kind in arms}
         for step in range(args.steps):
             batch = dataset[step]

@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genejepa._lightning import Callback
 from genejepa.config import GeneJEPAConfig
-from genejepa.data.axes import principal_axes
 from genejepa.data.loader import StepDataset
 from genejepa.data.normalization import Normalizer
 from genejepa.data.panel import PanelCounts
@@ -100,14 +99,7 @@ class StepClock(Callback):
 def step_flops(config: GeneJEPAConfig, counts: PanelCounts, normalizer: Normalizer) -> float:
     """FLOPs of one training step, forward and backward, counted on the CPU with a small batch and scaled up."""
     batch_size = 64
-    dataset = StepDataset(
-        counts,
-        normalizer,
-        loadings=np.zeros((counts.n_genes, 1), np.float32),
-        masks=config.masks,
-        batch_size=batch_size,
-        seed=0,
-    )
+    dataset = StepDataset(counts, normalizer, masks=config.masks, batch_size=batch_size, seed=0)
     jepa = JEPA(counts.n_genes, config.model, torch.from_numpy(np.log(normalizer.frequency))[None])
     module = JEPAModule(
         jepa,
@@ -156,7 +148,6 @@ def run(size_name: str, *, precision: str, compile_network: bool, workers: int) 
     config = GeneJEPAConfig().updated(**size.settings)
     counts = generated_counts(size.n_cells, size.n_genes)
     normalizer = Normalizer.fit(counts, transform=config.model.transform)
-    axes = principal_axes(counts, normalizer, n_components=32, seed=0)
     torch.manual_seed(0)
     jepa = JEPA(counts.n_genes, config.model, torch.from_numpy(np.log(normalizer.frequency))[None])
     clock = StepClock()
@@ -169,7 +160,7 @@ def run(size_name: str, *, precision: str, compile_network: bool, workers: int) 
         progress_bar=False,
         callbacks=[clock],
     )
-    result = train(jepa, counts, normalizer, loadings=axes.module_loadings(), config=config, options=options)
+    result = train(jepa, counts, normalizer, config=config, options=options)
     steps = len(clock.times) - 1 - WARMUP_STEPS
     seconds = (clock.times[-1] - clock.times[WARMUP_STEPS]) / steps
     device = torch.cuda.get_device_name() if cuda else f"CPU, {result.threads} threads"

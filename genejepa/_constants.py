@@ -13,4 +13,4 @@ UNS_KEY: Final = "genejepa"
 WEIGHTS_FILE: Final = "model.safetensors"
 CONFIG_FILE: Final = "config.json"
 GENES_FILE: Final = "genes.csv"
-MODEL_FORMAT_VERSION: Final = 2
+MODEL_FORMAT_VERSION: Final = 3

@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Transform = Literal["sqrt", "log1p"]
-Diversity = Literal["sliced_gaussian", "vicreg", "sigreg"]
-Likelihood = Literal["multinomial", "poisson", "negative_binomial"]
-Target = Literal["ema", "symmetric"]
 EncoderKind = Literal["gene_tokens", "mlp"]
 
 _C = TypeVar("_C")
@@ -61,25 +58,18 @@ class MaskConfig:
     """How the panel is cut into gene blocks and which blocks a view may see."""
 
     n_blocks: int = 16
-    """Blocks of nearly equal size that partition the panel, drawn anew at every step; a power of two."""
+    """Random blocks of nearly equal size that partition the panel, drawn anew at every step."""
     min_keep: float = 0.3
     max_keep: float = 0.7
     """The first view sees a share of the blocks drawn from U(min_keep, max_keep); the second sees the rest."""
-    module_fraction: float = 0.5
-    """Share of the steps whose blocks are co-expression modules; the others use random blocks."""
     thinned_fraction: float = 0.5
     """Share of the cells of a step whose views are made from thinned counts; their targets are not thinned."""
     min_depth: float = 0.2
     """A thinned cell keeps a share of its molecules drawn log-uniformly from min_depth to 1."""
-    n_targets: int = 1
-    """Target blocks asked for per view, in addition to the whole cell. 1: all that the view cannot see."""
 
     def __post_init__(self) -> None:
         _check_at_least(self, 2, "n_blocks")
-        _check_at_least(self, 1, "n_targets")
-        if self.n_blocks & (self.n_blocks - 1):
-            raise ConfigError(f"`n_blocks` is {self.n_blocks}, which is not a power of two.", fix="choose 8, 16 or 32.")
-        _check_range(self, 0.0, 1.0, "min_keep", "max_keep", "module_fraction", "thinned_fraction")
+        _check_range(self, 0.0, 1.0, "min_keep", "max_keep", "thinned_fraction")
         _check_range(self, 1e-3, 1.0, "min_depth")
         if self.min_keep > self.max_keep:
             raise ConfigError(f"`min_keep`={self.min_keep} is above `max_keep`={self.max_keep}.", fix="swap the two.")
@@ -87,7 +77,7 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights and kinds of the objectives; a weight of 0 switches one off. See ``docs/objectives.md``."""
+    """Weights of the objectives; a weight of 0 switches one off. See ``docs/objectives.md``."""
 
     prediction: float = 1.0
     diversity: float = 0.2
@@ -95,23 +85,15 @@ class ObjectiveConfig:
     information: float = 10.0
     """Weight of the nats per count: of a cell's nats divided by its depth, or by the median depth if that is more, so
     that one weight serves shallow and deep data."""
-    contrastive: float = 0.0
     alignment: float = 10.0
     """Counts only if there are batches: makes the vectors of every batch spread alike."""
-    diversity_kind: Diversity = "sliced_gaussian"
-    likelihood: Likelihood = "multinomial"
-    target: Target = "ema"
     n_slices: int = 64
-    """Random directions of the sliced regularisers."""
-    temperature: float = 0.1
-    """Temperature of the contrastive objective."""
+    """Random directions along which diversity and alignment compare distributions."""
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        for name in ("prediction", "diversity", "invariance", "information", "contrastive", "alignment"):
+        for name in ("prediction", "diversity", "invariance", "information", "alignment"):
             _check_range(self, 0.0, float("inf"), name)
         _check_at_least(self, 1, "n_slices")
-        _check_range(self, 1e-6, float("inf"), "temperature")
 
 
 @dataclass(frozen=True)

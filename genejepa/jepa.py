@@ -18,7 +18,7 @@ from genejepa.nn.likelihood import CountReadout
 from genejepa.nn.predictor import GeneSetPredictor
 
 if TYPE_CHECKING:
-    from genejepa.config import ModelConfig, Target
+    from genejepa.config import ModelConfig
     from genejepa.data.axes import PrincipalAxes
     from genejepa.data.loader import Batch
 
@@ -33,8 +33,8 @@ class JEPAOutput:
         Context vectors of the two complementary views.
     whole : (batch, dim)
         Context encoder's vector of the whole cell.
-    predicted_sets, target_sets : (2, n_targets, batch, dim)
-        For each view, the vectors of its target gene sets: predicted, and by the target encoder.
+    predicted_sets, target_sets : (2, batch, dim)
+        For each view, the vector of the genes that it cannot see: predicted, and by the target encoder.
     predicted_cell : (2, batch, dim)
         Vector of the whole cell predicted from each view.
     target_cell : (batch, dim)
@@ -93,29 +93,24 @@ class JEPA(nn.Module):
                 coordinates = axes.coordinates(self.config.n_axes, self.config.embedding_dim, seed=seed)
                 encoder.start_linear_path(torch.from_numpy(axes.values), torch.from_numpy(coordinates))
 
-    def forward(self, batch: Batch, *, target: Target = "ema") -> JEPAOutput:
+    def forward(self, batch: Batch) -> JEPAOutput:
         """Encode the views, the targets and the whole cell of a batch, and predict the targets.
 
         The target encoder sees the whole cell, with all its molecules, and carries no gradient; see
-        :meth:`genejepa.nn.encoder.GeneTokenEncoder.targets`. With ``target="symmetric"`` the context encoder makes the
-        targets itself, with gradient.
+        :meth:`genejepa.nn.encoder.GeneTokenEncoder.targets`.
         """
-        values, blocks = batch["values"], batch["blocks"]
-        sets = batch["targets"].flatten(0, 1)  # (2 * n_targets, batch, n_blocks)
-        everything = torch.ones_like(batch["views"][:1])
-        encoded = self.encoder.views(values, blocks, torch.cat([batch["views"], everything]))
+        blocks = batch["blocks"]
+        hidden = batch["views"].flip(0)  # what a view cannot see is the other view
+        everything = torch.ones_like(hidden[:1])
+        encoded = self.encoder.views(batch["values"], blocks, torch.cat([batch["views"], everything]))
         views, whole = encoded[:2], encoded[2]
-        if target == "symmetric":
-            target_cell, target_sets = self.encoder.targets(batch["whole_values"], blocks, sets)
-        else:
-            with torch.no_grad():
-                target_cell, target_sets = self.target_encoder.targets(batch["whole_values"], blocks, sets)
-        queries = self.predictor.set_queries(blocks, batch["targets"])
+        with torch.no_grad():
+            target_cell, target_sets = self.target_encoder.targets(batch["whole_values"], blocks, hidden)
         return JEPAOutput(
             views=views,
             whole=whole,
-            predicted_sets=self.predictor(views[:, None], queries),
-            target_sets=target_sets.view_as(queries),
+            predicted_sets=self.predictor(views, self.predictor.set_queries(blocks, hidden)),
+            target_sets=target_sets,
             predicted_cell=self.predictor(views),
             target_cell=target_cell,
         )

@@ -260,10 +260,10 @@ class GeneJEPA:
                 fix="make a new `GeneJEPA(adata)` to train again.",
             )
         seed = self.config.train.seed
-        n_components = max(self.config.model.dim, 16)
-        axes = principal_axes(self._counts, self.normalizer, n_components=n_components, seed=seed)
         if self.jepa is None:
             self.jepa = self._new_network(seed)
+            n_components = max(self.config.model.dim, self.config.model.n_axes)
+            axes = principal_axes(self._counts, self.normalizer, n_components=n_components, seed=seed)
             self.jepa.start_from_axes(axes, seed=seed)
         else:
             logger.info("training goes on from the present weights")
@@ -273,7 +273,6 @@ class GeneJEPA:
                 self.jepa,
                 self._counts,
                 self.normalizer,
-                loadings=axes.module_loadings(),
                 config=self.config,
                 options=options,
             )

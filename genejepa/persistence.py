@@ -110,7 +110,7 @@ def load_model(dir_path: Path) -> StoredModel:
     Raises
     ------
     ModelFileError
-        If a file is missing or damaged, or was written by a newer version.
+        If a file is missing or damaged, or has another format version.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load as tensors_from_bytes

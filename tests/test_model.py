@@ -505,8 +505,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "binary genes": lambda path: (path / "genes.csv").write_bytes(bytes(range(256))),
     "config is a list": lambda path: (path / "config.json").write_text("[1]"),
     "foreign config": lambda path: edit_config(path, format="scvi"),
-    "older format": lambda path: edit_config(path, format_version=1),
-    "newer format": lambda path: edit_config(path, format_version=3),
+    "oldest format": lambda path: edit_config(path, format_version=1),
+    "older format": lambda path: edit_config(path, format_version=2),
+    "newer format": lambda path: edit_config(path, format_version=4),
     "no settings": lambda path: edit_config(path, settings=None),
     "settings are a list": lambda path: edit_config(path, settings=[]),
     "settings hold a list": lambda path: edit_config(path, settings={"model": []}),
@@ -537,7 +538,7 @@ def test_a_path_that_is_no_model_is_reported(name: str, tmp_path: Path) -> None:
 
 def test_a_newer_format_names_both_versions(saved: Path) -> None:
     edit_config(saved, format_version=7)
-    with pytest.raises(ModelFileError, match=r"(?s)format version 7; this genejepa reads version 2.*Fix: install"):
+    with pytest.raises(ModelFileError, match=r"(?s)format version 7; this genejepa reads version 3.*Fix: install"):
         GeneJEPA.load(saved)
 
 

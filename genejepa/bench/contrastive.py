@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from genejepa.bench.interface import Embed, FitOptions, Method
 from genejepa.bench.linear import Normaliser
-from genejepa.objectives.diversity import vicreg_loss
 from genejepa.train.runner import cpu_threads
 
 if TYPE_CHECKING:
@@ -55,6 +54,27 @@ def nt_xent_loss(first: Tensor, second: Tensor, *, temperature: float = TEMPERAT
     z = F.normalize(torch.cat([first, second]), dim=1)
     similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(similarity, torch.arange(len(z)).roll(len(first)))
+
+
+def vicreg_loss(z: Tensor, *, covariance_weight: float = 0.04) -> Tensor:
+    """Variance hinge and off-diagonal covariance of a batch.
+
+    Parameters
+    ----------
+    z : (batch, dim)
+    covariance_weight
+        1/25, the published ratio of the covariance to the variance weight.
+
+    References
+    ----------
+    Bardes, Ponce & LeCun 2022, VICReg, arXiv:2105.04906, eqs. 1-4.
+    """
+    z = z.float()
+    variance = F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+    centred = z - z.mean(0)
+    covariance = centred.T @ centred / (len(z) - 1)
+    off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
+    return variance + covariance_weight * off_diagonal / z.shape[1]
 
 
 def vicreg_pair_loss(first: Tensor, second: Tensor) -> Tensor:

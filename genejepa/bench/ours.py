@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from anndata import AnnData
 from torch import Tensor, nn
 
+from genejepa.bench.contrastive import vicreg_loss
 from genejepa.bench.interface import Embed, FitOptions, Method
 from genejepa.config import GeneJEPAConfig, MaskConfig, ModelConfig
 from genejepa.data.axes import principal_axes
@@ -23,7 +24,6 @@ from genejepa.jepa import JEPA
 from genejepa.model import GeneJEPA
 from genejepa.nn.ema import ema_decay, update_average
 from genejepa.nn.encoder import make_encoder
-from genejepa.objectives.diversity import vicreg_loss
 from genejepa.train.module import learning_rate_factor
 from genejepa.train.runner import cpu_threads, n_epochs
 
@@ -85,8 +85,8 @@ def original_objective(name: str, **settings: Any) -> Method:
     ----------
     GeneJEPA, bioRxiv 2025.10.14.682378.
     """
-    # 9 of 16 random blocks: 56 % of the genes are the context, as near as blocks come to its 55 %.
-    masks = MaskConfig(min_keep=0.5625, max_keep=0.5625, module_fraction=0.0, thinned_fraction=0.0)
+    # 9 of 16 blocks: 56 % of the genes are the context, as near as blocks come to its 55 %.
+    masks = MaskConfig(min_keep=0.5625, max_keep=0.5625, thinned_fraction=0.0)
     config = GeneJEPAConfig(model=ModelConfig(n_axes=0), masks=masks).updated(**settings)
 
     def fit(cells: AnnData, options: FitOptions) -> Embed:
@@ -101,15 +101,8 @@ def original_objective(name: str, **settings: Any) -> Method:
 def train_original(counts: PanelCounts, normalizer: Normalizer, config: GeneJEPAConfig, *, seed: int) -> CellEncoder:
     """Encoder trained by `original_loss`."""
     train, dim = config.train, config.model.embedding_dim
-    axes = principal_axes(counts, normalizer, n_components=max(config.model.dim, 16), seed=seed)
-    data = StepDataset(
-        counts,
-        normalizer,
-        loadings=axes.module_loadings(),
-        masks=config.masks,
-        batch_size=train.batch_size,
-        seed=seed,
-    )
+    axes = principal_axes(counts, normalizer, n_components=max(config.model.dim, config.model.n_axes), seed=seed)
+    data = StepDataset(counts, normalizer, masks=config.masks, batch_size=train.batch_size, seed=seed)
     total_steps = n_epochs(config, counts.n_obs) * data.steps_per_epoch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Principal axes of the panel genes: start of the encoder's value tables, and space of co-expression modules."""
+"""Principal axes of the panel genes: start of the encoder's value tables and linear path."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 _MAX_CELLS = 8192
 """Axes are estimated on at most this many cells: 64 MB of values for 2,000 genes, whatever the data size."""
-
-_MODULE_COMPONENTS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +35,6 @@ class PrincipalAxes:
     axes: NDArray[np.float32]
     deviations: NDArray[np.float32]
     values: NDArray[np.float32]
-
-    def module_loadings(self) -> NDArray[np.float32]:
-        """Position of each gene among the leading axes, on the unit sphere, (n_genes, <= 16)."""
-        loadings = (self.axes * self.deviations)[:, :_MODULE_COMPONENTS]
-        lengths = np.maximum(np.linalg.norm(loadings, axis=1, keepdims=True), 1e-8)
-        return np.asarray(loadings / lengths, dtype=np.float32)
 
     def start_tables(self, dim: int, *, seed: int) -> NDArray[np.float32]:
         """Value tables, (n_genes, min(dim, n_components)), that span the axes.

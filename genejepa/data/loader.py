@@ -26,11 +26,11 @@ _THINNING_STREAM = 6
 
 
 class Batch(TypedDict):
-    """One training step: cells, gene blocks, and the blocks that views see and targets hold.
+    """One training step: cells, gene blocks, and the blocks that the two views of a cell see.
 
     Shapes: values, whole_values and counts (batch, n_genes); blocks (n_blocks, block_size); views
-    (2, batch, n_blocks); targets (2, n_targets, batch, n_blocks); batch (batch,); step (). The context encoder reads
-    ``values``, of which some cells are thinned; the targets come from ``whole_values``, which are not.
+    (2, batch, n_blocks); batch (batch,); step (). The context encoder reads ``values``, of which some cells are
+    thinned; the targets come from ``whole_values``, which are not.
     """
 
     values: Tensor
@@ -39,7 +39,6 @@ class Batch(TypedDict):
     batch: Tensor
     blocks: Tensor
     views: Tensor
-    targets: Tensor
     step: Tensor
 
 
@@ -53,8 +52,6 @@ class StepDataset(Dataset[Batch]):
     ----------
     counts
         Training cells.
-    loadings : (n_genes, n_components)
-        Principal axes, for the co-expression modules.
     rank, world_size
         This process takes every ``world_size``-th cell of the batch.
     """
@@ -64,7 +61,6 @@ class StepDataset(Dataset[Batch]):
         counts: PanelCounts,
         normalizer: Normalizer,
         *,
-        loadings: NDArray[np.float32],
         masks: MaskConfig,
         batch_size: int,
         seed: int,
@@ -73,7 +69,6 @@ class StepDataset(Dataset[Batch]):
     ) -> None:
         self.counts = counts
         self.normalizer = normalizer
-        self.loadings = loadings
         self.masks = masks
         self.batch_size = min(batch_size, counts.n_obs)
         self.seed = seed
@@ -102,7 +97,9 @@ class StepDataset(Dataset[Batch]):
         values = whole_values
         if self.masks.thinned_fraction > 0:
             values = self._with_thinned_cells(whole_values, index, step)
-        masks = draw_masks(self.masks, loadings=self.loadings, batch_size=self.batch_size, seed=self.seed, step=step)
+        masks = draw_masks(
+            self.masks, n_genes=self.counts.n_genes, batch_size=self.batch_size, seed=self.seed, step=step
+        )
         return Batch(
             values=torch.from_numpy(values),
             whole_values=torch.from_numpy(whole_values),
@@ -110,7 +107,6 @@ class StepDataset(Dataset[Batch]):
             batch=torch.from_numpy(self.counts.batch_of(index)),
             blocks=torch.from_numpy(masks.blocks),
             views=torch.from_numpy(masks.views[:, share].astype(np.float32)),
-            targets=torch.from_numpy(masks.targets[:, :, share].astype(np.float32)),
             step=torch.tensor(step),
         )
 

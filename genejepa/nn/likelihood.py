@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -22,11 +21,9 @@ class CountReadout(nn.Module):
 
     def __init__(self, embedding_dim: int, log_frequency: Tensor) -> None:
         super().__init__()
-        n_genes = log_frequency.shape[1]
-        self.linear = nn.Linear(embedding_dim, n_genes)
+        self.linear = nn.Linear(embedding_dim, log_frequency.shape[1])
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
-        self.log_dispersion = nn.Parameter(torch.zeros(n_genes))
         self.register_buffer("log_frequency", log_frequency)
 
     def forward(self, z: Tensor) -> Tensor:

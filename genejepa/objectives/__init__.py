@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from genejepa.objectives.alignment import alignment_loss
-from genejepa.objectives.contrastive import contrastive_loss
 from genejepa.objectives.diagnostics import effective_rank, mean_pairwise_cosine
-from genejepa.objectives.diversity import diversity_loss, sigreg_loss, sliced_gaussian_loss, vicreg_loss
+from genejepa.objectives.diversity import diversity_loss
 from genejepa.objectives.information import information_loss
 from genejepa.objectives.prediction import invariance_loss, prediction_loss
 
 __all__ = [
     "alignment_loss",
-    "contrastive_loss",
     "diversity_loss",
     "effective_rank",
     "information_loss",
     "invariance_loss",
     "mean_pairwise_cosine",
     "prediction_loss",
-    "sigreg_loss",
-    "sliced_gaussian_loss",
-    "vicreg_loss",
 ]

@@ -12,7 +12,7 @@ def prediction_loss(predicted: Tensor, target: Tensor) -> Tensor:
     Parameters
     ----------
     predicted, target : (..., dim)
-        The target carries no gradient when it comes from the averaged target encoder.
+        The target comes from the target encoder and carries no gradient.
 
     Returns
     -------

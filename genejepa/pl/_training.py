@@ -22,7 +22,6 @@ _LABELS: Final = {
     "diversity": "Diversity term",
     "invariance": "Invariance term",
     "information": "Information term",
-    "contrastive": "Contrastive term",
     "effective_rank": "Effective rank",
     "mean_cosine": "Mean cosine between cells",
     "learning_rate": "Learning rate",
@@ -47,9 +46,9 @@ def training(history: pd.DataFrame | HasHistory, *, figure: Figure | None = None
     history
         Table with one row per logged step, or an object with such a table as ``history``. Drawn are those
         of the columns ``loss``, ``prediction``, ``diversity``, ``invariance``, ``information``,
-        ``contrastive``, ``effective_rank``, ``mean_cosine`` and ``learning_rate`` that exist, against
-        ``step``, else ``epoch``, else the row. Missing values are skipped. Long curves are drawn pale, with
-        a running median over a fortieth of their points on top.
+        ``effective_rank``, ``mean_cosine`` and ``learning_rate`` that exist, against ``step``, else
+        ``epoch``, else the row. Missing values are skipped. Long curves are drawn pale, with a running
+        median over a fortieth of their points on top.
     figure
         Empty figure to draw on; a new one by default.
 

@@ -13,7 +13,6 @@ from genejepa.errors import TrainingDivergedError
 from genejepa.nn.ema import ema_decay, update_average
 from genejepa.objectives import (
     alignment_loss,
-    contrastive_loss,
     diversity_loss,
     information_loss,
     invariance_loss,
@@ -95,9 +94,7 @@ class JEPAModule(LightningModule):
         if config.invariance > 0:
             terms["invariance"] = invariance_loss(output.views)
         if config.diversity > 0:
-            terms["diversity"] = torch.stack(
-                [diversity_loss(z, kind=config.diversity_kind, directions=directions) for z in output.views]
-            ).mean()
+            terms["diversity"] = torch.stack([diversity_loss(z, directions) for z in output.views]).mean()
         if config.information > 0:
             readout = self.jepa.readout
             # A cell ten times as deep does not say ten times as much: its counts are more than Poisson dispersed.
@@ -106,12 +103,8 @@ class JEPAModule(LightningModule):
                 readout(output.whole),
                 batch["counts"],
                 readout.expected(batch["batch"]),
-                likelihood=config.likelihood,
-                log_dispersion=readout.log_dispersion,
                 weight=weight,
             )
-        if config.contrastive > 0:
-            terms["contrastive"] = contrastive_loss(*output.views, temperature=config.temperature)
         if config.alignment > 0 and len(self.jepa.readout.log_frequency) > 1:
             terms["alignment"] = torch.stack(
                 [alignment_loss(z, batch["batch"], directions) for z in output.views]
@@ -120,7 +113,7 @@ class JEPAModule(LightningModule):
 
     def weighted_loss(self, batch: Batch) -> Tensor:
         """Weighted sum of the objectives on a batch; keeps the terms for the log."""
-        output = self.network(batch, target=self.objectives.target)
+        output = self.network(batch)
         terms = self.terms(output, batch)
         self.last_terms = {name: term.detach() for name, term in terms.items()}
         self.last_vectors = output.whole.detach()

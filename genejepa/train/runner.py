@@ -22,8 +22,6 @@ from genejepa.train.module import LOG_EVERY, JEPAModule
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from numpy.typing import NDArray
-
     from genejepa._lightning import Callback, Logger
     from genejepa.config import GeneJEPAConfig
     from genejepa.data.normalization import Normalizer
@@ -103,17 +101,10 @@ def train(
     counts: PanelCounts,
     normalizer: Normalizer,
     *,
-    loadings: NDArray[np.float32],
     config: GeneJEPAConfig,
     options: RunOptions,
 ) -> RunResult:
-    """Train ``jepa`` in place.
-
-    Parameters
-    ----------
-    loadings : (n_genes, n_components)
-        Principal axes, for the co-expression modules of the masks.
-    """
+    """Train ``jepa`` in place."""
     held_out = None
     if options.early_stopping:
         counts, held_out = split_cells(counts, train_size=options.train_size, seed=config.train.seed)
@@ -121,14 +112,7 @@ def train(
     precision, threads = resolve_cpu_settings(options, accelerator, n_genes=counts.n_genes)
 
     def dataset(cells: PanelCounts, seed: int) -> StepDataset:
-        return StepDataset(
-            cells,
-            normalizer,
-            loadings=loadings,
-            masks=config.masks,
-            batch_size=config.train.batch_size,
-            seed=seed,
-        )
+        return StepDataset(cells, normalizer, masks=config.masks, batch_size=config.train.batch_size, seed=seed)
 
     training = dataset(counts, config.train.seed)
     epochs = n_epochs(config, counts.n_obs)

@@ -17,6 +17,7 @@ from genejepa.config import GeneJEPAConfig
 from genejepa.model import GeneJEPA
 from genejepa.nn.ema import update_average
 from genejepa.nn.encoder import GeneTokenEncoder
+from genejepa.objectives import effective_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -172,7 +173,51 @@ def test_nt_xent_agrees_with_the_formula(generator: torch.Generator) -> None:
     assert float(contrastive.nt_xent_loss(first, second)) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_vicreg_agrees_with_the_formula(generator: torch.Generator) -> None:
+@pytest.fixture(params=["gaussian", "skewed"])
+def batch(request: pytest.FixtureRequest, generator: torch.Generator) -> torch.Tensor:
+    """Vectors that are Gaussian, or far from it, off centre, with correlated and unequally scaled dimensions."""
+    z = torch.randn(64, 6, generator=generator)
+    if request.param == "gaussian":
+        return z
+    mixing = torch.randn(6, 6, generator=generator)
+    return z.exp() @ mixing * torch.linspace(0.1, 2.0, 6) + 0.5
+
+
+def test_vicreg_equals_its_formula(batch: torch.Tensor, generator: torch.Generator) -> None:
+    z: NDArray[np.float64] = batch.double().numpy()
+    hinge = np.maximum(0.0, 1.0 - np.sqrt(z.var(axis=0, ddof=1) + 1e-4)).mean()
+    covariance = np.cov(z, rowvar=False)
+    expected = hinge + 0.04 * (covariance[~np.eye(6, dtype=bool)] ** 2).sum() / 6
+    assert float(contrastive.vicreg_loss(batch.double())) == pytest.approx(expected, rel=1e-4)
+    shuffled = batch[torch.randperm(64, generator=generator)]
+    torch.testing.assert_close(contrastive.vicreg_loss(shuffled), contrastive.vicreg_loss(batch))
+
+
+def test_collapsed_batches_cost_vicreg_more_than_a_gaussian_one(generator: torch.Generator) -> None:
+    best = float(contrastive.vicreg_loss(torch.randn(64, 6, generator=generator)))
+    line = torch.randn(64, 1, generator=generator).expand(64, 6).contiguous()
+    for name, z in {"point": torch.ones(64, 6), "line": line, "two clusters": line.sign()}.items():
+        z.requires_grad_()
+        cost = contrastive.vicreg_loss(z)
+        cost.backward()
+        assert float(cost.detach()) > 1.5 * best + 0.01, name
+        assert z.grad is not None
+        assert torch.isfinite(z.grad).all(), name
+
+
+def test_descending_vicreg_undoes_a_collapse(generator: torch.Generator) -> None:
+    z = (1.0 + 0.02 * torch.randn(64, 6, generator=generator)).requires_grad_()
+    start = float(z.detach().std(0).mean())
+    optimizer = torch.optim.Adam([z], lr=0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        contrastive.vicreg_loss(z).backward()
+        optimizer.step()
+    assert float(z.detach().std(0).mean()) > 20 * start
+    assert effective_rank(z.detach()) > 0.8 * 6
+
+
+def test_vicreg_pair_agrees_with_the_formula(generator: torch.Generator) -> None:
     first, second = 0.5 * torch.randn(2, 50, 4, generator=generator)
 
     def spread(z: NDArray[np.float64]) -> float:
@@ -233,7 +278,7 @@ def test_genejepa_is_the_default_model(objectives_of: Callable[..., tuple[Object
 def test_arms_switch_off_what_they_say(objectives_of: Callable[..., tuple[ObjectiveConfig, GeneJEPA, Any]]) -> None:
     likelihood, *_ = objectives_of("genejepa, likelihood only")
     assert likelihood.information > 0
-    assert likelihood.prediction == likelihood.invariance == likelihood.diversity == likelihood.contrastive == 0
+    assert likelihood.prediction == likelihood.invariance == likelihood.diversity == 0
     jepa, *_ = objectives_of("genejepa, JEPA only")
     assert jepa.information == 0
     assert min(jepa.prediction, jepa.diversity) > 0

@@ -43,12 +43,10 @@ def counts(dense: NDArray[np.float32], as_panel: Callable[[NDArray[np.float32]],
 def make_dataset(
     counts: PanelCounts, *, batch_size: int = 7, seed: int = 0, rank: int = 0, world_size: int = 1
 ) -> StepDataset:
-    loadings = np.random.default_rng(1).standard_normal((counts.n_genes, 4)).astype(np.float32)
     return StepDataset(
         counts,
         Normalizer.fit(counts, transform="sqrt"),
-        loadings=loadings,
-        masks=MaskConfig(n_blocks=4, n_targets=2),
+        masks=MaskConfig(n_blocks=4),
         batch_size=batch_size,
         seed=seed,
         rank=rank,
@@ -64,7 +62,6 @@ def tensors(batch: Batch) -> dict[str, torch.Tensor]:
         "counts": batch["counts"],
         "blocks": batch["blocks"],
         "views": batch["views"],
-        "targets": batch["targets"],
         "step": batch["step"],
     }
 
@@ -118,8 +115,7 @@ def test_a_batch_holds_the_cells_of_its_step(counts: PanelCounts, dense: NDArray
     assert int(batch["step"]) == 3
     assert batch["values"].shape == (7, N_GENES)
     assert batch["views"].shape == (2, 7, 4)
-    assert batch["targets"].shape == (2, 2, 7, 4)
-    assert batch["values"].dtype == batch["views"].dtype == batch["targets"].dtype == torch.float32
+    assert batch["values"].dtype == batch["views"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -137,7 +133,6 @@ def test_shares_of_the_ranks_are_disjoint_and_complete(counts: PanelCounts, worl
             assert torch.equal(part["whole_values"], batch["whole_values"][rows])
             assert torch.equal(part["counts"], batch["counts"][rows])
             assert torch.equal(part["views"], batch["views"][:, rows])
-            assert torch.equal(part["targets"], batch["targets"][:, :, rows])
 
 
 def test_sampler_counts_steps_over_epochs() -> None:

@@ -49,7 +49,6 @@ def make_dataset(
     return StepDataset(
         counts,
         Normalizer.fit(counts, transform="sqrt"),
-        loadings=np.random.default_rng(1).standard_normal((N_GENES, 4)).astype(np.float32),
         masks=MaskConfig(n_blocks=4, **masks),
         batch_size=BATCH_SIZE,
         seed=seed,
