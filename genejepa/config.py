@@ -80,8 +80,11 @@ class ObjectiveConfig:
     """Weights of the objectives; a weight of 0 switches one off. See ``docs/objectives.md``."""
 
     prediction: float = 1.0
-    diversity: float = 0.2
-    invariance: float = 2.0
+    diversity: float = 0.0
+    """Keeps vectors apart; the information term does so too, and only a model without it needs this one, about 0.2."""
+    invariance: float = 1.5
+    depth: float = 0.3
+    """Makes the vector of a thinned cell that of the whole one; counts only with ``thinned_fraction`` above 0."""
     information: float = 10.0
     """Weight of the nats per count: of a cell's nats divided by its depth, or by the median depth if that is more, so
     that one weight serves shallow and deep data."""
@@ -91,7 +94,7 @@ class ObjectiveConfig:
     """Random directions along which diversity and alignment compare distributions."""
 
     def __post_init__(self) -> None:
-        for name in ("prediction", "diversity", "invariance", "information", "alignment"):
+        for name in ("prediction", "diversity", "invariance", "depth", "information", "alignment"):
             _check_range(self, 0.0, float("inf"), name)
         _check_at_least(self, 1, "n_slices")
 

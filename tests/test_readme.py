@@ -114,4 +114,4 @@ def test_default_weights_of_the_document_are_those_of_the_code() -> None:
     weights = {name: float(value) for name, value in re.findall(r"\| `([a-z]+)` \| ([0-9.]+) \|", text)}
     defaults = ObjectiveConfig()
     assert weights == {name: getattr(defaults, name) for name in weights}
-    assert set(weights) == {"prediction", "diversity", "invariance", "information", "alignment"}
+    assert set(weights) == {"prediction", "diversity", "invariance", "depth", "information", "alignment"}

@@ -183,8 +183,8 @@ def _embed_with(encoder: CellEncoder, normalizer: Normalizer, genes: list[str], 
 
 METHODS: tuple[Method, ...] = (
     arm("genejepa"),
-    arm("genejepa, likelihood only", prediction=0, invariance=0, diversity=0),
-    arm("genejepa, JEPA only", information=0),
+    arm("genejepa, likelihood only", prediction=0, invariance=0, depth=0),
+    arm("genejepa, JEPA only", information=0, diversity=0.2),
     arm("genejepa, MLP encoder", encoder="mlp"),
     untrained("untrained encoder"),
     original_objective("GeneJEPA objective"),

@@ -29,12 +29,13 @@ class Batch(TypedDict):
     """One training step: cells, gene blocks, and the blocks that the two views of a cell see.
 
     Shapes: values, whole_values and counts (batch, n_genes); blocks (n_blocks, block_size); views
-    (2, batch, n_blocks); batch (batch,); step (). The context encoder reads ``values``, of which some cells are
-    thinned; the targets come from ``whole_values``, which are not.
+    (2, batch, n_blocks); thinned and batch (batch,); step (). The context encoder reads ``values``, in which the cells
+    marked by ``thinned`` have lost molecules; the targets come from ``whole_values``, where none has.
     """
 
     values: Tensor
     whole_values: Tensor
+    thinned: Tensor
     counts: Tensor
     batch: Tensor
     blocks: Tensor
@@ -94,15 +95,14 @@ class StepDataset(Dataset[Batch]):
         share = slice(self.rank, None, self.world_size)
         index = self.cells(step)[share]
         whole_values, counts = self.normalizer.dense(self.counts, index)
-        values = whole_values
-        if self.masks.thinned_fraction > 0:
-            values = self._with_thinned_cells(whole_values, index, step)
+        values, thinned = self._with_thinned_cells(whole_values, index, step)
         masks = draw_masks(
             self.masks, n_genes=self.counts.n_genes, batch_size=self.batch_size, seed=self.seed, step=step
         )
         return Batch(
             values=torch.from_numpy(values),
             whole_values=torch.from_numpy(whole_values),
+            thinned=torch.from_numpy(thinned),
             counts=torch.from_numpy(counts),
             batch=torch.from_numpy(self.counts.batch_of(index)),
             blocks=torch.from_numpy(masks.blocks),
@@ -112,14 +112,16 @@ class StepDataset(Dataset[Batch]):
 
     def _with_thinned_cells(
         self, values: NDArray[np.float32], index: NDArray[np.int64], step: int
-    ) -> NDArray[np.float32]:
-        """Copy of the values of a step, (len(index), n_genes), in which some cells lose molecules at random."""
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Values of a step, (len(index), n_genes), where some cells have lost molecules, and which, (len(index),)."""
         rng = np.random.default_rng([self.seed, _THINNING_STREAM, step, self.rank])
         kept = np.exp(rng.uniform(np.log(self.masks.min_depth), 0.0, size=len(index)))
-        thinned = np.flatnonzero(rng.random(len(index)) < self.masks.thinned_fraction)
-        values = values.copy()
-        values[thinned], _ = self.normalizer.dense(self.counts, index[thinned], thinning=Thinning(kept[thinned], rng))
-        return values
+        thinned = rng.random(len(index)) < self.masks.thinned_fraction
+        if thinned.any():
+            values = values.copy()
+            loss = Thinning(kept[thinned], rng)
+            values[thinned], _ = self.normalizer.dense(self.counts, index[thinned], thinning=loss)
+        return values, thinned
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:

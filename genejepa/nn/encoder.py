@@ -28,17 +28,32 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Map (batch, n_latents, dim) to the same shape."""
-        n_cells, n_latents, dim = latents.shape
-        qkv = self.qkv(self.attention_norm(latents)).view(n_cells, n_latents, 3, self.n_heads, -1)
-        if qkv.device.type == "cpu":
-            qkv = qkv.float()  # torch's CPU kernel for a handful of latents is three times slower in bfloat16
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n_cells, n_latents, dim)
-        latents = latents + self.dropout(self.out(mixed))
+    def forward(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map (..., n_latents, dim) to the same shape.
+
+        Parameters
+        ----------
+        context : (..., n_context, dim)
+            Further latents of the same cells, with leading dimensions that broadcast: attended to, not mapped.
+        """
+        lead = latents.shape[:-2]
+        q, k, v = self._heads(self.qkv(self.attention_norm(latents)), 3)
+        if context is not None:
+            width = latents.shape[-1]
+            keys_values = F.linear(self.attention_norm(context), self.qkv.weight[width:], self.qkv.bias[width:])
+            seen = [part.expand(*lead, -1, -1, -1) for part in self._heads(keys_values, 2)]
+            k, v = torch.cat([k, seen[0]], -2), torch.cat([v, seen[1]], -2)
+        mixed = F.scaled_dot_product_attention(q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4))
+        latents = latents + self.dropout(self.out(mixed.transpose(1, 2).reshape(latents.shape)))
         out: Tensor = latents + self.dropout(self.mlp(self.mlp_norm(latents)))
         return out
+
+    def _heads(self, projected: Tensor, n_parts: int) -> tuple[Tensor, ...]:
+        """Split (..., length, n_parts * dim) into ``n_parts`` tensors of shape (..., n_heads, length, head_dim)."""
+        if projected.device.type == "cpu":
+            projected = projected.float()  # torch's CPU kernel for a few latents is three times slower in bfloat16
+        split: Tensor = projected.unflatten(-1, (n_parts, self.n_heads, -1)).transpose(-2, -4)
+        return split.unbind(-3)
 
 
 class GeneTokenEncoder(nn.Module):
@@ -101,25 +116,19 @@ class GeneTokenEncoder(nn.Module):
         """Latents, (..., n_latents, dim), before the transformer blocks."""
         return read.normalised(n_latents=self.n_latents, n_heads=self.n_heads) * self.log_scale.exp() + self.latents
 
-    def vectors(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
-        """Vectors, (..., embedding_dim), of latents (..., n_latents, dim).
-
-        Parameters
-        ----------
-        context : (..., n_latents, dim)
-            Further latents that the first attend to in the transformer blocks, but that are not read out.
-        """
-        shape = latents.shape[:-2]
-        if context is not None:
-            latents = torch.cat([latents, context.expand_as(latents)], -2)
-        latents = latents.flatten(0, -3)
+    def vectors(self, latents: Tensor) -> Tensor:
+        """Vectors, (..., embedding_dim), of latents (..., n_latents, dim)."""
         mixed = latents
         for block in self.blocks:
             mixed = block(mixed)
-        vector: Tensor = self.head(self.norm(mixed[:, : self.n_latents]).flatten(1))
+        return self._read_out(latents, mixed)
+
+    def _read_out(self, latents: Tensor, mixed: Tensor) -> Tensor:
+        """Sum of the head on the mixed latents and of the linear path, (..., embedding_dim)."""
+        vector: Tensor = self.head(self.norm(mixed).flatten(-2))
         if self.linear_path is not None:
-            vector = vector + self.linear_path(latents[:, : self.n_latents].flatten(1))
-        return vector.float().view(*shape, -1)
+            vector = vector + self.linear_path(latents.flatten(-2))
+        return vector.float()
 
     def targets(self, values: Tensor, blocks: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:
         """Vector of the whole cell, (batch, embedding_dim), and of gene sets of it, (n_sets, batch, embedding_dim).
@@ -135,9 +144,12 @@ class GeneTokenEncoder(nn.Module):
             1 where the set contains the block.
         """
         by_block = read_blocks(self.tables(), values, blocks)
-        whole = self.latents_of(by_block.select(torch.ones_like(sets[:1])))
-        parts = self.latents_of(by_block.select(sets))
-        return self.vectors(whole)[0], self.vectors(parts, context=whole)
+        latents = self.latents_of(by_block.select(torch.cat([sets, torch.ones_like(sets[:1])])))
+        parts, whole = latents[:-1], latents[-1:]
+        for block in self.blocks:
+            parts, whole = block(parts, whole), block(whole)
+        vectors = self._read_out(latents, torch.cat([parts, whole]))
+        return vectors[-1], vectors[:-1]
 
     def views(self, values: Tensor, blocks: Tensor, membership: Tensor) -> Tensor:
         """Cell vectors of several views of a batch, each view a set of gene blocks.

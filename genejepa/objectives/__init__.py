@@ -6,10 +6,11 @@ from genejepa.objectives.alignment import alignment_loss
 from genejepa.objectives.diagnostics import effective_rank, mean_pairwise_cosine
 from genejepa.objectives.diversity import diversity_loss
 from genejepa.objectives.information import information_loss
-from genejepa.objectives.prediction import invariance_loss, prediction_loss
+from genejepa.objectives.prediction import depth_loss, invariance_loss, prediction_loss
 
 __all__ = [
     "alignment_loss",
+    "depth_loss",
     "diversity_loss",
     "effective_rank",
     "information_loss",

@@ -21,6 +21,7 @@ _LABELS: Final = {
     "prediction": "Prediction error",
     "diversity": "Diversity term",
     "invariance": "Invariance term",
+    "depth": "Depth term",
     "information": "Information term",
     "effective_rank": "Effective rank",
     "mean_cosine": "Mean cosine between cells",
@@ -45,7 +46,7 @@ def training(history: pd.DataFrame | HasHistory, *, figure: Figure | None = None
     ----------
     history
         Table with one row per logged step, or an object with such a table as ``history``. Drawn are those
-        of the columns ``loss``, ``prediction``, ``diversity``, ``invariance``, ``information``,
+        of the columns ``loss``, ``prediction``, ``diversity``, ``invariance``, ``depth``, ``information``,
         ``effective_rank``, ``mean_cosine`` and ``learning_rate`` that exist, against ``step``, else
         ``epoch``, else the row. Missing values are skipped. Long curves are drawn pale, with a running
         median over a fortieth of their points on top.

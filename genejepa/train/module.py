@@ -13,6 +13,7 @@ from genejepa.errors import TrainingDivergedError
 from genejepa.nn.ema import ema_decay, update_average
 from genejepa.objectives import (
     alignment_loss,
+    depth_loss,
     diversity_loss,
     information_loss,
     invariance_loss,
@@ -93,6 +94,8 @@ class JEPAModule(LightningModule):
             )
         if config.invariance > 0:
             terms["invariance"] = invariance_loss(output.views)
+        if config.depth > 0:
+            terms["depth"] = depth_loss(output.whole, output.target_cell, batch["thinned"])
         if config.diversity > 0:
             terms["diversity"] = torch.stack([diversity_loss(z, directions) for z in output.views]).mean()
         if config.information > 0:

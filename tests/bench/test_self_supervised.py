@@ -278,7 +278,7 @@ def test_genejepa_is_the_default_model(objectives_of: Callable[..., tuple[Object
 def test_arms_switch_off_what_they_say(objectives_of: Callable[..., tuple[ObjectiveConfig, GeneJEPA, Any]]) -> None:
     likelihood, *_ = objectives_of("genejepa, likelihood only")
     assert likelihood.information > 0
-    assert likelihood.prediction == likelihood.invariance == likelihood.diversity == 0
+    assert likelihood.prediction == likelihood.invariance == likelihood.depth == likelihood.diversity == 0
     jepa, *_ = objectives_of("genejepa, JEPA only")
     assert jepa.information == 0
     assert min(jepa.prediction, jepa.diversity) > 0

@@ -9,6 +9,7 @@ import torch
 from scipy import special, stats
 
 from genejepa.objectives import (
+    depth_loss,
     diversity_loss,
     effective_rank,
     information_loss,
@@ -205,7 +206,7 @@ def test_gradient_of_extreme_logits_is_finite(counts: Tensor, log_frequency: Ten
     assert torch.isfinite(logits.grad).all()
 
 
-# Prediction, invariance
+# Prediction, invariance, depth
 
 
 def test_prediction_is_the_mean_squared_distance(gaussian: Tensor, skewed: Tensor) -> None:
@@ -218,6 +219,13 @@ def test_invariance_is_the_variance_over_the_views(generator: torch.Generator) -
     views = torch.randn(3, N, DIM, generator=generator)
     assert float(invariance_loss(views)) == pytest.approx(float(views.numpy().var(axis=0).mean()), rel=1e-5)
     assert float(invariance_loss(views[:1].expand(2, -1, -1))) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_depth_compares_thinned_cells_only(gaussian: Tensor, skewed: Tensor) -> None:
+    thinned = torch.arange(N) % 3 == 0
+    expected = ((gaussian - skewed)[thinned].numpy() ** 2).mean()
+    assert float(depth_loss(gaussian, skewed, thinned)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(depth_loss(gaussian, skewed, torch.zeros(N, dtype=torch.bool))) == 0.0
 
 
 # Diagnostics
