@@ -121,10 +121,10 @@ each measure. With so few data sets the smallest possible p is not small.
 COST: Final = """\
 ## Time and memory
 
-Median over data sets and seeds (smallest to largest), one thread per method, two methods at a time on two cores that had
-little else to do. Memory is what fit and embedding added to that of the process, which had the libraries loaded. The last
-column is the time of the fit of scVI-10 over that of the method, on the same data set: two at a time slow each other down,
-and [benchmarks/README.md](../benchmarks/README.md) has the times of genejepa and scVI one after the other.
+Median over data sets and seeds (smallest to largest), one thread per method, two methods at a time on two cores that
+had little else to do. Memory is what fit and embedding added to that of the process, which had the libraries loaded.
+The last column is the time of the fit of scVI-10 over that of the method, on the same data set: two at a time slow each
+other down, and [benchmarks/README.md](../benchmarks/README.md) has the times of genejepa and scVI one after the other.
 """
 
 
