@@ -10,7 +10,13 @@ OBSM_KEY: Final = "X_genejepa"
 UNS_KEY: Final = "genejepa"
 """``uns`` key of the record of set-up and embedding."""
 
-WEIGHTS_FILE: Final = "model.safetensors"
-CONFIG_FILE: Final = "config.json"
-GENES_FILE: Final = "genes.csv"
-MODEL_FORMAT_VERSION: Final = 3
+EMPTY_KEY: Final = "genejepa_empty"
+"""``obs`` column that marks cells without a count over the genes of the model; written only if there are any."""
+
+MODEL_FORMAT_VERSION: Final = 4
+
+MIN_CELLS: Final = 4
+"""Cells with counts that a training needs."""
+
+MIN_GENES: Final = 2
+"""Genes with counts that a training needs: they are predicted from each other."""

@@ -8,16 +8,17 @@ genejepa imports Lightning's names from here.
 from __future__ import annotations
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
+from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_module
 
 __all__ = [
     "Callback",
-    "EarlyStopping",
     "LightningModule",
     "Logger",
     "RichProgressBar",
+    "SIGTERMException",
     "TQDMProgressBar",
     "Trainer",
     "rank_zero_module",

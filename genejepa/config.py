@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 from genejepa.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 Transform = Literal["sqrt", "log1p"]
 EncoderKind = Literal["gene_tokens", "mlp"]
 
 _C = TypeVar("_C")
+_LARGEST = 1e30
+"""No setting is larger; infinity would be accepted by every comparison and break every sum."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_at_least(self, 1, "embedding_dim", "n_latents", "dim", "n_heads", "predictor_dim")
-        _check_at_least(self, 0, "n_layers", "n_axes")
-        _check_range(self, 0.0, 0.9, "dropout")
+        check_at_least(self, 1, "embedding_dim", "n_latents", "dim", "n_heads", "predictor_dim")
+        check_at_least(self, 0, "n_layers", "n_axes")
+        check_range(self, 0.0, 0.9, "dropout")
         if self.dim % self.n_heads:
             raise ConfigError(
                 f"`n_heads` is {self.n_heads}, which does not divide `dim`={self.dim}.",
@@ -68,9 +71,9 @@ class MaskConfig:
     """A thinned cell keeps a share of its molecules drawn log-uniformly from min_depth to 1."""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 2, "n_blocks")
-        _check_range(self, 0.0, 1.0, "min_keep", "max_keep", "thinned_fraction")
-        _check_range(self, 1e-3, 1.0, "min_depth")
+        check_at_least(self, 2, "n_blocks")
+        check_range(self, 0.0, 1.0, "min_keep", "max_keep", "thinned_fraction")
+        check_range(self, 1e-3, 1.0, "min_depth")
         if self.min_keep > self.max_keep:
             raise ConfigError(f"`min_keep`={self.min_keep} is above `max_keep`={self.max_keep}.", fix="swap the two.")
 
@@ -95,8 +98,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         for name in ("prediction", "diversity", "invariance", "depth", "information", "alignment"):
-            _check_range(self, 0.0, float("inf"), name)
-        _check_at_least(self, 1, "n_slices")
+            check_range(self, 0.0, _LARGEST, name)
+        check_at_least(self, 1, "n_slices")
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,13 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 2, "batch_size")
-        _check_at_least(self, 1, "target_steps")
+        check_at_least(self, 2, "batch_size")
+        check_at_least(self, 1, "target_steps")
         if self.max_epochs is not None:
-            _check_at_least(self, 1, "max_epochs")
-        _check_range(self, 0.0, float("inf"), "learning_rate", "weight_decay", "gradient_clip")
-        _check_range(self, 0.0, 1.0, "warmup_fraction")
+            check_at_least(self, 1, "max_epochs")
+        check_range(self, 0.0, _LARGEST, "learning_rate", "weight_decay", "gradient_clip")
+        check_at_least(self, 0, "seed")
+        check_range(self, 0.0, 1.0, "warmup_fraction")
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class GeneJEPAConfig:
         """Inverse of :meth:`to_dict`; unknown or missing sections raise :class:`ConfigError`."""
         sections = {f.name: f for f in fields(cls)}
         _check_known(values, sections, where="configuration")
-        types = get_type_hints(cls)
+        types = _type_hints(cls)  # type: ignore[arg-type]  # a class is hashable
         return cls(**{name: build(types[name], values.get(name, {})) for name in sections})
 
     def updated(self, **changes: object) -> GeneJEPAConfig:
@@ -170,6 +174,12 @@ def build(cls: type[_C], values: Mapping[str, Any]) -> _C:
     return cls(**values)
 
 
+@cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    """Types of the fields; evaluated once, so that reading a model file evaluates nothing."""
+    return get_type_hints(cls)
+
+
 def _check_known(values: Mapping[str, Any], known: object, *, where: str) -> None:
     unknown = sorted(set(values) - set(known))  # type: ignore[call-overload]  # any iterable of names
     if unknown:
@@ -180,21 +190,30 @@ def _check_known(values: Mapping[str, Any], known: object, *, where: str) -> Non
 
 
 def _check_choices(config: object) -> None:
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in _type_hints(type(config)).items():  # type: ignore[arg-type]  # a class is hashable
         allowed = get_args(hint)
-        value = getattr(config, name)
-        if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
-            raise ConfigError(f"`{name}` is {value!r}.", fix=f"use one of {', '.join(map(repr, allowed))}.")
+        if allowed and all(isinstance(a, str) for a in allowed):
+            check_one_of(config, allowed, name)
 
 
-def _check_at_least(config: object, low: int, *names: str) -> None:
+def check_one_of(config: object, allowed: Sequence[str], *names: str) -> None:
+    """Refuse values of the named settings that are not among those allowed."""
+    for name in names:
+        if getattr(config, name) not in allowed:
+            choice = ", ".join(map(repr, allowed))
+            raise ConfigError(f"`{name}` is {getattr(config, name)!r}.", fix=f"use one of {choice}.")
+
+
+def check_at_least(config: object, low: int, *names: str) -> None:
+    """Refuse values of the named settings that are no whole numbers of at least ``low``."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a whole number of at least {low}.")
 
 
-def _check_range(config: object, low: float, high: float, *names: str) -> None:
+def check_range(config: object, low: float, high: float, *names: str) -> None:
+    """Refuse values of the named settings that are no numbers from ``low`` to ``high``."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:

@@ -38,12 +38,16 @@ class GeneMismatchError(DataError):
     """The genes of an AnnData do not match the genes of a model."""
 
 
-class NotTrainedError(GeneJEPAError, RuntimeError):
-    """A trained model is needed, and this one is not."""
+class NotFittedError(GeneJEPAError, ValueError, AttributeError):
+    """A trained model is needed, and this one is not; the bases are those of scikit-learn's error of this name."""
 
 
 class ModelFileError(GeneJEPAError, ValueError):
-    """A model directory is missing, incomplete, damaged, or of another format."""
+    """A model directory or a checkpoint is missing, incomplete, damaged, or not one of genejepa."""
+
+
+class ModelVersionError(ModelFileError):
+    """A model directory or a checkpoint has a format that this version of genejepa does not read."""
 
 
 class ConfigError(GeneJEPAError, ValueError):
@@ -52,6 +56,18 @@ class ConfigError(GeneJEPAError, ValueError):
 
 class MissingPackageError(GeneJEPAError, ImportError):
     """An optional package is needed, and it is not installed."""
+
+
+class DeviceError(GeneJEPAError, RuntimeError):
+    """The device that was asked for is not there."""
+
+
+class OutOfMemoryError(GeneJEPAError, MemoryError):
+    """Memory of the computer or of the GPU did not suffice."""
+
+
+class OutOfDiskError(GeneJEPAError, OSError):
+    """A disk is full, or a quota is used up."""
 
 
 class TrainingDivergedError(GeneJEPAError, RuntimeError):
@@ -64,3 +80,11 @@ class CollapseWarning(UserWarning):
 
 class TrainingInterruptedWarning(UserWarning):
     """Training was stopped by the user before its end; the model is usable."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint could not be written; the training goes on."""
+
+
+class DataWarning(UserWarning):
+    """Data that can be used, but look as if something were wrong with them."""

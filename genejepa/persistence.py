@@ -1,33 +1,36 @@
-"""Files: atomic writes, and the directory that holds a model.
+"""What a model directory holds: configuration, genes and weights, as bytes and back.
 
-A model directory has ``model.safetensors`` (weights and normalisation arrays), ``config.json`` (settings, genes'
-source, training record) and ``genes.csv`` (the panel in order). Nothing is pickled, so loading runs no code.
+The files are ``config.json`` (settings, slots, training record), ``genes.csv`` (the panel in order, with the numbers
+of the normalisation) and ``tensors.safetensors`` (weights). See :mod:`genejepa.bundle` for how they lie on the disk.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genejepa._constants import CONFIG_FILE, GENES_FILE, MODEL_FORMAT_VERSION, WEIGHTS_FILE
-from genejepa.errors import ModelFileError
+from genejepa._constants import MODEL_FORMAT_VERSION
+from genejepa.bundle import damaged, parse_json, read_bundle, write_bundle
+from genejepa.data.batches import BatchScaling
+from genejepa.data.normalization import Normalizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
     from torch import Tensor
 
+_KIND = "model"
+_CONFIG, _GENES, _TENSORS = "config.json", "genes.csv", "tensors.safetensors"
 _GENE_COLUMNS = ("gene", "mean", "scale", "frequency")
+_BATCHES = "batches."
+_BATCH_ARRAYS = ("centre", "gain", "frequency")
 
 
 @dataclass(frozen=True)
@@ -37,156 +40,163 @@ class StoredModel:
     Attributes
     ----------
     config
-        Parsed ``config.json``.
-    tensors
-        Weights by name.
+        ``config.json``: settings, slots, training record.
     genes
         Panel in order.
-    gene_numbers : (n_genes, 3), float32
-        Mean, scale and frequency of each gene; see :class:`genejepa.data.normalization.Normalizer`.
+    normalizer
+        Normalisation over the panel.
+    weights
+        Weights of the network by name.
     """
 
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
     genes: list[str]
-    gene_numbers: NDArray[np.float32]
+    normalizer: Normalizer
+    weights: dict[str, Tensor]
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file to write, and put it in the place of ``path`` when the block ends without an error.
-
-    A reader sees the old content or the new one, never a part of it: the temporary file lies in the same directory,
-    is flushed to disk and renamed; the directory entry is flushed too. The file gets the permissions that ``umask``
-    allows.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        with Path(temporary).open("r+b") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101  # mkstemp gives 0600, unreadable to colleagues
-        os.replace(temporary, path)  # noqa: PTH105  # both are names, not Path objects
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write bytes by :func:`replacing`."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def save_model(dir_path: Path, stored: StoredModel, *, overwrite: bool = False) -> None:
-    """Write a model directory; the configuration comes last, so an incomplete directory is recognised.
+def save_model(directory: Path, stored: StoredModel, *, overwrite: bool = False) -> None:
+    """Write a model directory; an earlier model there is replaced at once.
 
     Raises
     ------
     FileExistsError
-        If the directory holds files and ``overwrite`` is False.
+        If the directory holds a model and ``overwrite`` is False, or files but no model.
+    OSError
+        If it cannot be written, such as :class:`genejepa.errors.OutOfDiskError`.
     """
-    from safetensors.torch import save as tensors_to_bytes
-
-    if dir_path.exists() and not dir_path.is_dir():
-        raise FileExistsError(f"{dir_path} exists and is not a directory")
-    if dir_path.is_dir() and any(dir_path.iterdir()) and not overwrite:
-        raise FileExistsError(f"{dir_path} is not empty.\nFix: choose another name, or pass `overwrite=True`.")
-    config = {"format": "genejepa", "format_version": MODEL_FORMAT_VERSION, **stored.config}
-    config_bytes = json.dumps(config, indent=2, allow_nan=False).encode()
-    dir_path.mkdir(parents=True, exist_ok=True)
-    (dir_path / CONFIG_FILE).unlink(missing_ok=True)
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in stored.tensors.items()}
-    write_atomically(dir_path / WEIGHTS_FILE, tensors_to_bytes(contiguous))
-    write_atomically(dir_path / GENES_FILE, _genes_to_csv(stored))
-    write_atomically(dir_path / CONFIG_FILE, config_bytes)
+    normalizer = stored.normalizer
+    numbers: dict[str, Any] = {"median_depth": normalizer.median_depth, "batches": None}
+    tensors = dict(stored.weights)
+    if normalizer.batches is not None:
+        numbers["batches"] = list(normalizer.batches.names)
+        tensors |= {_BATCHES + name: _tensor(getattr(normalizer.batches, name)) for name in _BATCH_ARRAYS}
+    files = {
+        _CONFIG: json_to_bytes({**stored.config, "normalization": numbers}),
+        _GENES: _genes_to_csv(stored.genes, normalizer),
+        _TENSORS: tensors_to_bytes(tensors),
+    }
+    write_bundle(directory, files, kind=_KIND, version=MODEL_FORMAT_VERSION, overwrite=overwrite)
 
 
-def load_model(dir_path: Path) -> StoredModel:
-    """Read a model directory.
+def load_model(directory: Path) -> StoredModel:
+    """Read a model directory; nothing in it is executed.
 
     Raises
     ------
     ModelFileError
-        If a file is missing or damaged, or has another format version.
+        If it is not a complete model directory of this format, or a byte of it was changed.
     """
+    files = read_bundle(directory, kind=_KIND, version=MODEL_FORMAT_VERSION)
+    for name in (_CONFIG, _GENES, _TENSORS):
+        if name not in files:
+            raise damaged(directory / name, "the file is missing")
+    config = parse_json(files[_CONFIG], directory / _CONFIG)
+    tensors = tensors_from_bytes(files[_TENSORS], directory / _TENSORS)
+    genes, numbers = _genes_from_csv(files[_GENES], directory / _GENES)
+    try:
+        normalizer = _normalizer(config, numbers, tensors)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(directory / _CONFIG, f"its normalisation is not a possible one ({error!r})") from error
+    return StoredModel(config, genes, normalizer, weights=tensors)
+
+
+def _normalizer(config: Mapping[str, Any], numbers: NDArray[np.float32], tensors: dict[str, Tensor]) -> Normalizer:
+    """Normalisation from ``config.json``, the columns of ``genes.csv`` and the tensors of the batches; takes these."""
+    stored = config["normalization"]
+    median_depth = stored["median_depth"]
+    if not isinstance(median_depth, float) or median_depth <= 0:
+        raise ValueError(f"median depth {median_depth!r}")
+    batches = None
+    if stored["batches"] is not None:
+        names = tuple(stored["batches"])
+        arrays = {name: tensors.pop(_BATCHES + name).numpy() for name in _BATCH_ARRAYS}
+        batches = BatchScaling(names=names, **arrays)
+        expected = (len(names) + 1, len(numbers))
+        possible = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+        possible = possible and all(array.shape == expected for array in arrays.values())
+        if not possible or min(arrays["frequency"].min(), arrays["gain"].min()) <= 0:
+            raise ValueError(f"batches {names}")
+    mean, scale, frequency = np.ascontiguousarray(numbers.T)
+    transform = config["settings"]["model"]["transform"]
+    return Normalizer(transform, median_depth, mean, scale, frequency, batches)
+
+
+def json_to_bytes(values: Mapping[str, Any]) -> bytes:
+    """JSON text; numbers that are not finite are refused."""
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors of any device in the safetensors format."""
+    from safetensors.torch import save
+
+    return bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def tensors_from_bytes(data: bytes, path: Path) -> dict[str, Tensor]:
+    """Inverse of :func:`tensors_to_bytes`.
+
+    Raises
+    ------
+    ModelFileError
+        If the bytes are not safetensors, a type is not float32, or a number is not finite.
+    """
+    import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load as tensors_from_bytes
+    from safetensors.torch import load
 
-    config = _read_config(dir_path)
+    size = int.from_bytes(data[:8], "little")
+    parse_json(data[8 : 8 + size], path)  # safetensors takes the last of two entries of one name
     try:
-        tensors = tensors_from_bytes((dir_path / WEIGHTS_FILE).read_bytes())
-    except SafetensorError as error:
-        raise _damaged(dir_path / WEIGHTS_FILE, str(error)) from error
-    except FileNotFoundError as error:
-        raise _damaged(dir_path / WEIGHTS_FILE, "the file is missing") from error
-    genes, numbers = _read_genes(dir_path / GENES_FILE)
-    return StoredModel(config, tensors, genes, numbers)
+        tensors: dict[str, Tensor] = load(data)
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"{name!r} has the type {tensor.dtype}, expected float32")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name!r} holds values that are not finite")
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
+    return tensors
 
 
-def _read_config(dir_path: Path) -> dict[str, Any]:
-    path = dir_path / CONFIG_FILE
-    if not path.is_file():
-        raise ModelFileError(
-            f"{dir_path} is not a model directory: it has no {CONFIG_FILE}.",
-            fix="give the directory that `model.save(...)` or `genejepa fit -o ...` wrote.",
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _damaged(path, str(error)) from error
-    if not isinstance(config, dict) or config.get("format") != "genejepa":
-        raise _damaged(path, "it does not describe a genejepa model")
-    version = config.get("format_version")
-    if version != MODEL_FORMAT_VERSION:
-        raise ModelFileError(
-            f"{path} has format version {version!r}; this genejepa reads version {MODEL_FORMAT_VERSION}.",
-            fix="install the version of genejepa named in the file's `version` entry.",
-        )
-    return config
+def _tensor(array: NDArray[np.float32]) -> Tensor:
+    import torch
+
+    return torch.from_numpy(array)
 
 
-def _genes_to_csv(stored: StoredModel) -> bytes:
+def _genes_to_csv(genes: Sequence[str], normalizer: Normalizer) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_GENE_COLUMNS)
     # repr of a float32 as a Python float is exact, so that reading returns the same bits
-    for gene, numbers in zip(stored.genes, stored.gene_numbers.tolist(), strict=True):
+    columns = np.stack([normalizer.mean, normalizer.scale, normalizer.frequency], axis=1)
+    for gene, numbers in zip(genes, columns.tolist(), strict=True):
         writer.writerow([gene, *map(repr, numbers)])
     return text.getvalue().encode()
 
 
-def _read_genes(path: Path) -> tuple[list[str], NDArray[np.float32]]:
+def _genes_from_csv(data: bytes, path: Path) -> tuple[list[str], NDArray[np.float32]]:
     try:
-        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
-        if tuple(rows[0]) != _GENE_COLUMNS:
-            raise ValueError(f"the header is {rows[0]}")
-        genes = [row[0] for row in rows[1:]]
-        numbers = np.array([[float(text) for text in row[1:]] for row in rows[1:]], dtype=np.float32)
-        if numbers.shape != (len(genes), len(_GENE_COLUMNS) - 1):
-            raise ValueError(f"the numbers have the shape {numbers.shape}")
-    except (ValueError, IndexError, OSError) as error:
-        raise _damaged(path, str(error)) from error
-    return genes, numbers
-
-
-def _damaged(path: Path, reason: str) -> ModelFileError:
-    return ModelFileError(f"{path} cannot be read: {reason}.", fix="save the model again, or copy it again.")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a directory
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        # Line by line: the text as a whole takes four bytes a character.
+        rows = csv.reader(io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline=""), strict=True)
+        if tuple(next(rows, ())) != _GENE_COLUMNS:
+            raise ValueError(f"its header is not {','.join(_GENE_COLUMNS)}")
+        genes, values = [], []
+        for row in rows:
+            if len(row) != len(_GENE_COLUMNS):
+                raise ValueError(f"line {rows.line_num} has {len(row)} fields, expected {len(_GENE_COLUMNS)}")
+            genes.append(row[0])
+            values.append([float(text) for text in row[1:]])
+        numbers = np.array(values).reshape(len(genes), len(_GENE_COLUMNS) - 1)
+        if not genes:
+            raise ValueError("it has no genes")
+        if len(set(genes)) != len(genes) or not all(gene.strip() for gene in genes):
+            raise ValueError("a gene has no name, or a name that occurs twice")
+        smallest, largest = np.finfo(np.float32).tiny, np.finfo(np.float32).max
+        if not (np.abs(numbers) <= largest).all() or not (numbers[:, 1:] >= smallest).all():
+            raise ValueError("a mean, scale or frequency is not a possible one")
+    except (ValueError, IndexError, csv.Error) as error:
+        raise damaged(path, str(error)) from error
+    return genes, numbers.astype(np.float32)

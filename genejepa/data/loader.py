@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
@@ -133,10 +134,14 @@ class StepDataset(Dataset[Batch]):
 
 
 class StepSampler(Sampler[int]):
-    """Absolute step numbers of the current epoch."""
+    """Absolute step numbers of the current epoch, of a training that may begin in the middle.
 
-    def __init__(self, steps_per_epoch: int) -> None:
+    Epochs are counted from 0 by the training loop, also where earlier ones were done before an interruption.
+    """
+
+    def __init__(self, steps_per_epoch: int, *, first_step: int = 0) -> None:
         self.steps_per_epoch = steps_per_epoch
+        self.first_step = first_step
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -144,27 +149,33 @@ class StepSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        start = self.epoch * self.steps_per_epoch
-        return iter(range(start, start + self.steps_per_epoch))
+        start = (self.first_step // self.steps_per_epoch + self.epoch) * self.steps_per_epoch
+        return iter(range(max(start, self.first_step), start + self.steps_per_epoch))
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
 
 def step_loader(
-    dataset: StepDataset, *, num_workers: int = 0, pin_memory: bool = False, new_every_epoch: bool = True
+    dataset: StepDataset, *, first_step: int = 0, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader[Batch]:
-    """Loader of whole steps; the dataset makes the batch, so no collation is needed.
+    """Loader of whole steps from ``first_step`` on; the dataset makes the batch, so no collation is needed.
 
-    With ``new_every_epoch=False`` every pass gives the steps of epoch 0, as a fixed validation set needs. Workers
-    are spawned, not forked: a fork after torch has started threads can hang.
+    Workers are spawned, not forked: a fork after torch has started threads can hang.
     """
     return DataLoader(
         dataset,
         batch_size=None,
-        sampler=StepSampler(dataset.steps_per_epoch) if new_every_epoch else None,
+        sampler=StepSampler(dataset.steps_per_epoch, first_step=first_step),
         num_workers=num_workers,
         multiprocessing_context="spawn" if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_main_process,
     )
+
+
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; a worker that dies of it would take the last step along."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

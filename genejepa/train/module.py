@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from genejepa.config import ObjectiveConfig, TrainConfig
     from genejepa.data.loader import Batch
     from genejepa.jepa import JEPA, JEPAOutput
+    from genejepa.train.state import TrainingState
 
 LOG_EVERY = 10
 """Steps between two entries of the user's logger."""
@@ -51,6 +52,8 @@ class JEPAModule(LightningModule):
     ----------
     total_steps
         Length of the schedules of the learning rate and of the target encoder's decay.
+    start
+        State to go on from; weights and moments are taken from it.
     median_depth
         Counts of a median cell over the panel; with the cell's own depth, turns nats per cell into nats per count.
     """
@@ -63,9 +66,12 @@ class JEPAModule(LightningModule):
         train_config: TrainConfig,
         total_steps: int,
         median_depth: float,
+        start: TrainingState | None = None,
     ) -> None:
         super().__init__()
         self.jepa = jepa
+        self._start = start
+        self._first_step = 0 if start is None else start.step
         self.network: Any = jepa
         """What the training step calls: the architecture, or its compiled form."""
         self.objectives = objectives
@@ -76,6 +82,11 @@ class JEPAModule(LightningModule):
         """Objectives of the last step, unweighted and detached."""
         self.last_vectors: Tensor | None = None
         """Whole-cell vectors of the last step, detached."""
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the whole training that are done, with those before an interruption."""
+        return self._first_step + int(self.trainer.global_step)
 
     def terms(self, output: JEPAOutput, batch: Batch) -> dict[str, Tensor]:
         """Every objective with a weight above zero, unweighted."""
@@ -134,25 +145,17 @@ class JEPAModule(LightningModule):
         torch.manual_seed((self.train_config.seed * 1_000_003 + int(batch["step"])) % 2**63)
         loss = self.weighted_loss(batch)
         if not torch.isfinite(loss):
-            terms = {name: float(term) for name, term in self.last_terms.items()}
-            raise TrainingDivergedError(
-                f"the training loss is {float(loss.detach())} at step {int(batch['step'])} (terms: {terms}).",
-                fix="lower `learning_rate` or use `precision='32-true'`, and train again; the weights are those "
-                "from before this training.",
-            )
+            terms = ", ".join(f"{name} {float(term):.3g}" for name, term in self.last_terms.items())
+            raise self._diverged(f"the training loss is {float(loss.detach())} ({terms})")
         self.last_terms["loss"] = loss.detach()
         if (self.global_step + 1) % LOG_EVERY == 0:  # Lightning's bookkeeping costs as much as a tenth of a step
             self.log_dict(self.last_terms, batch_size=len(batch["values"]))
         return loss
 
-    def validation_step(self, batch: Batch, _batch_index: int) -> None:
-        """Log the weighted objectives on held-out cells under masks that are the same every time."""
-        self.log("validation_loss", self.weighted_loss(batch), batch_size=len(batch["values"]), sync_dist=True)
-
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step the optimiser, then move the target encoder: once per optimiser step under accumulation too."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        decay = ema_decay(self.trainer.global_step, self.total_steps)
+        decay = ema_decay(self.steps_done, self.total_steps)
         update_average(self.jepa.target_encoder, self.jepa.encoder, decay)
 
     def configure_gradient_clipping(
@@ -161,9 +164,25 @@ class JEPAModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm over all weights; Lightning's own clipping refuses fused optimisers."""
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.jepa.parameters(), gradient_clip_val)
+        """Clip by the norm over all weights; Lightning's own clipping refuses fused optimisers.
+
+        Raises
+        ------
+        TrainingDivergedError
+            If the norm is not finite: before the weights are touched. Not with 16-bit numbers, whose loss scaler
+            expects overflows and leaves out the step.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.jepa.parameters(), gradient_clip_val or float("inf"))
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None and not torch.isfinite(norm):
+            raise self._diverged(f"the norm of the gradients is {float(norm)}")
+
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        return TrainingDivergedError(
+            f"{what} at step {self.steps_done} of {self.total_steps}, with a learning rate of {rate:.3g}",
+            fix=f"train again with a lower rate, such as `learning_rate={self.train_config.learning_rate / 10:.1g}`, "
+            "or with `precision='32-true'`.",
+        )
 
     def configure_optimizers(self) -> Any:
         """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) under the warm-up and cosine schedule."""
@@ -174,7 +193,10 @@ class JEPAModule(LightningModule):
             weight_decay=config.weight_decay,
             fused=True,
         )
+        if self._start is not None:
+            self._start.restore(self.jepa, optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.total_steps, config.warmup_fraction)
+            optimizer,
+            lambda step: learning_rate_factor(self._first_step + step, self.total_steps, config.warmup_fraction),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,31 @@
+"""Recognising that memory has run out: torch says so in three ways."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from genejepa.errors import OutOfMemoryError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
+"""Name in the message of the plain RuntimeError that torch raises when the memory of the computer is used up."""
+
+
+@contextlib.contextmanager
+def memory_errors(task: str, *, fix: str) -> Iterator[None]:
+    """Turn any error of exhausted memory inside the block into :class:`genejepa.errors.OutOfMemoryError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, OutOfMemoryError) or not _is_about_memory(error):
+            raise
+        raise OutOfMemoryError(f"memory has run out while {task}: {str(error).splitlines()[:1]}.", fix=fix) from error
+
+
+def _is_about_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
