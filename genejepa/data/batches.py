@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from genejepa.data.normalization import Normalizer
@@ -69,6 +71,7 @@ class BatchScaling:
                 squares[code] += (members**2).sum(0)
                 totals[code] += dense_counts[batch == code].sum(0)
         sizes = np.bincount(counts.batch_of(np.arange(counts.n_obs)), minlength=n)[:, None]
+        sizes = np.maximum(sizes, 1)  # a batch may have nothing but cells without counts
         mean = sums / sizes
         variance = np.maximum(squares / sizes - mean**2, 0)
         pooled = np.sqrt((variance * sizes).sum(0) / counts.n_obs)
@@ -84,7 +87,7 @@ class BatchScaling:
             np.vstack([frequency, normalizer.frequency]).astype(np.float32),
         )
 
-    def codes(self, batches: NDArray[np.str_]) -> NDArray[np.int64]:
-        """Rows of batch names, (n_obs,); -1 for a name that is not known."""
+    def codes(self, batches: Sequence[str]) -> NDArray[np.int64]:
+        """Rows of batch names, (n,); -1 for a name that is not known."""
         row = {name: i for i, name in enumerate(self.names)}
         return np.array([row.get(name, -1) for name in batches], dtype=np.int64)

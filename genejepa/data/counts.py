@@ -2,373 +2,454 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
 
+from genejepa.data.containers import Rows, csr_of, open_rows
 from genejepa.data.panel import PanelCounts
-from genejepa.errors import DataError, MissingKeyError
+from genejepa.data.scan import KINDS, TINY, Scan
+from genejepa.data.slots import CountSlot, missing_key
+from genejepa.errors import DataError, DataWarning, GeneJEPAError, MissingKeyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
 
-_CHUNK_VALUES = 1 << 20
-"""Stored values looked at in one step: 8 MiB of float64, so that a scan needs little memory."""
+_LARGEST_EXACT = {np.dtype(np.float16): 2.0**11, np.dtype(np.float32): 2.0**24}
+"""Largest number below which these types hold every whole number."""
 
-_LARGEST_COUNT = 2.0**53
-"""Largest float64 below which every whole number is exact."""
+_FEW_COUNTS = 10
+"""Median counts of a cell below which it says little; and then ones alone are no surprise."""
 
-_NOISE = 1e-4
-"""Distance from a whole number that is put down to rounding noise."""
+_MANY_VALUES = 1000
+"""Stored values from which on it is odd that all are one."""
+
+_PANEL_VALUES = 1 << 22
+"""Stored values that a panel is taken from in one step."""
 
 
-def slot_name(layer: str | None) -> str:
-    """Name of the AnnData slot that counts are read from.
+@dataclass(frozen=True, eq=False)
+class CountMatrix:
+    """A slot of an AnnData, opened for reading; nothing of the AnnData is changed.
 
-    Parameters
+    Attributes
     ----------
-    layer
-        Key of ``layers``, or None for ``X``.
-
-    Returns
-    -------
-    ``"X"`` or ``"layers['<layer>']"``.
+    slot
+        Where the matrix is.
+    obs_names, var
+        Names of the cells, and the table of the genes of this slot.
+    source
+        The matrix, or that which a view looks at.
+    obs_index, var_index
+        Rows and columns of the source that are looked at; None for all.
+    filename
+        File of a backed AnnData.
+    rounded
+        Whether values are rounded where they are read, see :func:`check_counts`.
     """
-    return "X" if layer is None else f"layers[{layer!r}]"
+
+    slot: CountSlot
+    obs_names: pd.Index[Any]
+    var: pd.DataFrame
+    source: Rows
+    obs_index: NDArray[np.int64] | None = None
+    var_index: NDArray[np.int64] | None = None
+    filename: object = None
+    rounded: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells and genes."""
+        return len(self.obs_names), len(self.var)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the values as they are stored."""
+        return self.source.dtype
+
+    @property
+    def in_memory(self) -> bool:
+        """False for a backed, dask, zarr or memory-mapped matrix, which is read block by block."""
+        return self.source.in_memory
+
+    def rows(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Cells ``start`` to ``stop``, (stop - start, n_vars), of checked structure; not to be written to.
+
+        Values have the type they are stored with, but float16 becomes float32, long double becomes float64, and the
+        order of bytes is that of this machine.
+
+        Raises
+        ------
+        DataError
+            If the sparse structure is damaged, or the file cannot be read.
+        """
+        with _reading(self.slot, self.filename):
+            if self.obs_index is None:
+                block = self.source.between(start, stop)
+            else:
+                block = self.source.at(self.obs_index[start:stop])
+        if self.var_index is not None:
+            block = block[:, self.var_index]
+        return csr_of(block.shape, np.rint(block.data), block.indices, block.indptr) if self.rounded else block
+
+    def blocks(self) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        """Consecutive blocks of about four million values, each with the position of its first cell."""
+        n_obs, step = self.shape[0], self.source.block_rows
+        for start in range(0, n_obs, step):
+            yield start, self.rows(start, min(start + step, n_obs))
+
+    def to_csr(self) -> sparse.csr_matrix:
+        """All cells; shares the arrays of a CSR matrix in memory, unless it is looked at through a view or rounded."""
+        if self.source.shared or not self.shape[0]:
+            return self.rows(0, self.shape[0])
+        return sparse.vstack([block for _, block in self.blocks()], format="csr")
 
 
-def read_counts(adata: AnnData, *, layer: str | None = None) -> sparse.csr_matrix:
-    """Read a count matrix as CSR without changing the AnnData.
+def open_counts(adata: AnnData, slot: CountSlot) -> CountMatrix:
+    """Open a slot of an AnnData for reading.
 
-    Sparse input is never made dense. A CSR matrix is not copied: the result shares its arrays, so it must not
-    be written to. Dense and backed matrices are converted in blocks of rows.
+    Sparse matrices are never made dense, and a matrix on disk is never read as a whole. Of a view, only the cells
+    and genes looked at are read.
 
     Parameters
     ----------
     adata
         Annotated data, in memory, backed or a view.
-    layer
-        Key of ``layers`` to read; None reads ``X``.
+    slot
+        Where to read.
 
     Returns
     -------
-    Matrix of shape ``(n_obs, n_vars)`` with the stored values and their dtype. The sparse structure has been
-    checked, the values have not: see :func:`check_counts`.
+    The matrix. The sparse structure of a matrix in memory has been checked, that of others is when they are read;
+    the values have not been looked at, see :func:`check_counts`.
 
     Raises
     ------
     MissingKeyError
-        If the layer does not exist.
+        If the slot does not exist.
     DataError
-        If the slot is empty, is not a matrix of real numbers, or has a damaged sparse structure.
+        If the slot is empty, is not a matrix of real numbers, has a damaged sparse structure, or is in a file that
+        cannot be read.
+
+    Warns
+    -----
+    DataWarning
+        If the numbers are stored as Python objects.
     """
-    slot = slot_name(layer)
-    if layer is not None and layer not in adata.layers:
-        raise MissingKeyError(
-            f"`{slot}` does not exist; `layers` has {sorted(adata.layers)}",
-            fix="pass the name of an existing layer, or layer=None to read `X`.",
-        )
-    return _as_csr(adata.X if layer is None else adata.layers[layer], slot=slot)
-
-
-def _as_csr(matrix: Any, *, slot: str) -> sparse.csr_matrix:
-    """Convert any matrix that an AnnData can hold to CSR, sharing the arrays where it is CSR already."""
-    if matrix is None:
-        raise DataError(f"`{slot}` is empty (None), expected counts", fix=f"fill `adata.{slot}` or pass layer=...")
-    if isinstance(matrix, np.ma.MaskedArray) and np.ma.is_masked(matrix):
-        raise DataError(
-            f"`{slot}` has {int(np.ma.getmaskarray(matrix).sum())} masked entries, expected a plain array",
-            fix=f"adata.{slot} = adata.{slot}.filled(0), if a masked entry means no count.",
-        )
-    if hasattr(matrix, "to_memory"):  # sparse matrix of a backed AnnData
-        matrix = matrix.to_memory()
-    elif hasattr(matrix, "compute"):  # dask array
-        matrix = matrix.compute()
-    if np.dtype(matrix.dtype).kind not in "biuf":
-        raise DataError(f"`{slot}` has dtype {matrix.dtype}, expected numbers", fix="convert it to float32.")
-    if not sparse.issparse(matrix):
-        return _dense_to_csr(matrix)
-    if matrix.format not in ("csr", "csc"):
-        raise DataError(
-            f"`{slot}` is a sparse matrix of format {matrix.format!r}, expected 'csr' or 'csc'",
-            fix=f"adata.{slot} = adata.{slot}.tocsr()",
-        )
-    _check_structure(matrix, slot=slot)
-    return _share(matrix if matrix.format == "csr" else matrix.tocsr())
-
-
-def _share(matrix: Any) -> sparse.csr_matrix:
-    """Wrap the arrays of a CSR matrix in a new object, so that scipy sets no flags on the original."""
-    # The constructor would copy 64-bit indices to 32 bit; assigning the arrays does not.
-    shared = sparse.csr_matrix(matrix.shape, dtype=matrix.dtype)
-    size = int(matrix.indptr[-1])
-    # Room behind the last entry may hold anything, and scipy's column indexing reads it as entries.
-    shared.data = matrix.data if len(matrix.data) == size else matrix.data[:size]
-    shared.indices = matrix.indices if len(matrix.indices) == size else matrix.indices[:size]
-    shared.indptr = matrix.indptr
-    return shared
-
-
-def _dense_to_csr(matrix: Any) -> sparse.csr_matrix:
-    """Convert a dense array or HDF5 data set to CSR, a block of rows at a time."""
-    n_obs, n_vars = matrix.shape
-    dtype = np.dtype(np.float32) if matrix.dtype == np.float16 else matrix.dtype  # scipy has no sparse float16
-    step = max(1, _CHUNK_VALUES // max(n_vars, 1))
-    blocks = [
-        sparse.csr_matrix(np.asarray(matrix[start : start + step]), dtype=dtype) for start in range(0, n_obs, step)
-    ]
-    if not blocks:
-        return sparse.csr_matrix((n_obs, n_vars), dtype=dtype)
-    return blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, format="csr")
-
-
-def _check_structure(matrix: Any, *, slot: str) -> None:
-    """Refuse a CSR or CSC matrix whose indices would make compiled code read outside of its arrays."""
-    n_major, n_minor = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
-    indptr, indices = matrix.indptr, matrix.indices
-    fix = "read the matrix again from its source; this one was damaged when it was built or stored."
-    if len(indptr) != n_major + 1 or indptr[0] != 0:
-        raise DataError(
-            f"`{slot}`.indptr has length {len(indptr)} and starts at {indptr[:1].tolist()}, "
-            f"expected length {n_major + 1} and start 0",
-            fix=fix,
-        )
-    decreasing = np.flatnonzero(indptr[1:] < indptr[:-1])
-    if len(decreasing):
-        raise DataError(
-            f"`{slot}`.indptr decreases at {len(decreasing)} places, first after position {decreasing[0]}",
-            fix=fix,
-        )
-    if indptr[-1] > min(len(indices), len(matrix.data)):
-        raise DataError(
-            f"`{slot}`.indptr ends at {indptr[-1]}, but there are {len(indices)} indices and {len(matrix.data)} values",
-            fix=fix,
-        )
-    for start, stop in _chunks(int(indptr[-1])):
-        chunk = indices[start:stop]
-        if chunk.min() < 0 or chunk.max() >= n_minor:
-            bad = np.flatnonzero((chunk < 0) | (chunk >= n_minor))
+    _check_tables(adata)
+    whole = _whole(adata)
+    with _reading(slot, adata.filename):
+        matrix = _stored_matrix(whole, slot)
+        if matrix is None:
             raise DataError(
-                f"`{slot}`.indices has {len(bad)} or more values outside of 0..{n_minor - 1}, "
-                f"first {chunk[bad[0]]} at position {start + bad[0]}",
-                fix=fix,
+                f"`{slot.name}` is empty (None), expected counts",
+                fix=_where_counts(adata, skip=slot) or f"fill `adata.{slot.name}`, or pass layer=...",
+            )
+        source = open_rows(matrix, name=slot.name)
+    expected = (whole.n_obs, len(slot.var(whole)))
+    if source.shape != expected:
+        raise DataError(
+            f"`{slot.name}` has shape {source.shape}, expected {expected}",
+            fix=f"assign a matrix with a row for each cell and a column for each gene to adata.{slot.name}",
+        )
+    return CountMatrix(
+        slot=slot,
+        obs_names=adata.obs_names,
+        var=slot.var(adata),
+        source=source,
+        obs_index=_positions(adata._oidx, expected[0]) if adata.is_view else None,
+        var_index=_positions(adata._vidx, expected[1]) if adata.is_view and not slot.use_raw else None,
+        filename=adata.filename,
+    )
+
+
+def _check_tables(adata: AnnData) -> None:
+    """Refuse an AnnData whose tables are not in memory."""
+    import pandas as pd
+
+    for name in ("obs", "var"):
+        table = getattr(adata, name)
+        if not isinstance(table, pd.DataFrame):
+            raise DataError(
+                f"`{name}` is a {type(table).__name__}, read lazily; expected a DataFrame",
+                fix="adata = adata.to_memory()",
             )
 
 
-def _chunks(size: int) -> Iterator[tuple[int, int]]:
-    """Bounds of consecutive chunks that cover ``range(size)``."""
-    for start in range(0, size, _CHUNK_VALUES):
-        yield start, min(start + _CHUNK_VALUES, size)
+@contextmanager
+def _reading(slot: CountSlot, filename: object) -> Iterator[None]:
+    """Turn errors of a file that is damaged, closed or gone into one that names it."""
+    try:
+        yield
+    except GeneJEPAError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise DataError(
+            f"`{slot.name}`{filename and f' of {filename}'} cannot be read (any more): {error}",
+            fix="open the file again; if that does not help, copy it from its source.",
+        ) from error
 
 
-@dataclass
-class _Offence:
-    """Values of one kind that are not counts: how many, and where the first is stored."""
-
-    n: int = 0
-    first: int = -1
-
-    def add(self, bad: NDArray[np.bool_], *, start: int) -> None:
-        """Add the marked values of the chunk that begins at stored value ``start``."""
-        n = int(np.count_nonzero(bad))
-        if n and not self.n:
-            self.first = start + int(bad.argmax())
-        self.n += n
+def _whole(adata: AnnData) -> AnnData:
+    """What a view looks at: anndata would index it, in compiled code, before its structure is checked."""
+    return adata._adata_ref if adata.is_view else adata
 
 
-@dataclass
-class _Scan:
-    """What a pass over all stored values has found."""
+def _stored_matrix(adata: AnnData, slot: CountSlot) -> Any:
+    """Matrix of a slot, as it is."""
+    if slot.use_raw:
+        if adata.raw is None:
+            raise MissingKeyError("`raw` does not exist.", fix="leave use_raw out to read `X`.")
+        return adata.raw.X
+    if slot.layer is None:
+        try:
+            return adata.X
+        except KeyError:  # a backed file without X
+            return None
+    if slot.layer not in adata.layers:
+        raise missing_key("layers", slot.layer, adata.layers)
+    return adata.layers[slot.layer]
 
-    invalid: _Offence
-    negative: _Offence
-    fractional: _Offence
-    n_values: int
-    largest: float
-    largest_deviation: float
 
-    @property
-    def is_counts(self) -> bool:
-        """Whether every stored value is a whole number, zero or positive."""
-        return not (self.invalid.n or self.negative.n or self.fractional.n)
+def _positions(index: Any, size: int) -> NDArray[np.int64] | None:
+    """Positions that the index of a view stands for; None for all in order."""
+    every = np.arange(size)
+    positions = every[index]
+    return None if np.array_equal(positions, every) else positions
 
 
-def _scan(values: NDArray[Any]) -> _Scan:
-    """Look at every stored value once, in chunks."""
-    scan = _Scan(_Offence(), _Offence(), _Offence(), n_values=len(values), largest=0.0, largest_deviation=0.0)
-    if values.dtype.kind in "bu":
-        return scan
-    for start, stop in _chunks(len(values)):
-        chunk = values[start:stop]
-        if chunk.dtype.kind == "f":
-            valid = np.abs(chunk) <= _LARGEST_COUNT  # false for NaN
-            scan.invalid.add(~valid, start=start)
-            chunk = np.where(valid, chunk, 0)
-            deviation = np.abs(chunk - np.rint(chunk))
-            scan.fractional.add(deviation > 0, start=start)
-            scan.largest_deviation = max(scan.largest_deviation, float(deviation.max()))
-        scan.negative.add(chunk < 0, start=start)
-        scan.largest = max(scan.largest, float(chunk.max()))
+def _scan(counts: CountMatrix, used: NDArray[np.bool_] | None = None) -> Scan:
+    """Look at every value once, a block of cells after the other."""
+    scan = Scan()
+    used = np.ones(counts.shape[1], dtype=bool) if used is None else used
+    for start, block in counts.blocks():
+
+        def describe(position: int, start: int = start, block: sparse.csr_matrix = block) -> str:
+            row = start + int(np.searchsorted(block.indptr, position, side="right")) - 1
+            cell, gene = str(counts.obs_names[row]), str(counts.var.index[block.indices[position]])
+            return f"{block.data[position].item():.6g} in cell {cell!r}, gene {gene!r}"
+
+        scan.add(block, used, describe)
     return scan
 
 
-def check_counts(matrix: sparse.csr_matrix, *, slot: str, adata: AnnData) -> None:
+def check_counts(
+    counts: CountMatrix,
+    *,
+    adata: AnnData,
+    used: NDArray[np.bool_] | None = None,
+    allow_fractional: bool = False,
+) -> CountMatrix:
     """Refuse a matrix that does not hold counts, naming what it seems to hold instead.
 
-    All stored values are looked at, in chunks; nothing is sampled.
+    All values are looked at, a block of cells after the other; nothing is sampled.
 
     Parameters
     ----------
-    matrix
-        Matrix of shape ``(n_obs, n_vars)``, as :func:`read_counts` returns it.
-    slot
-        Where it comes from, as :func:`slot_name` spells it.
+    counts
+        Matrix of shape ``(n_obs, n_vars)``. No cells are no mistake.
     adata
-        The AnnData it comes from; used for the names in messages and to find counts in another slot.
-
-    Raises
-    ------
-    DataError
-        If there are no cells or no genes, if the sparse structure is damaged, or if a value is NaN, infinite,
-        negative or fractional.
-    """
-    n_obs, n_vars = matrix.shape
-    if n_obs == 0 or n_vars == 0:
-        raise DataError(
-            f"`{slot}` has {n_obs} cells and {n_vars} genes, expected at least one of each",
-            fix="check the filters that were applied to `adata`.",
-        )
-    _check_structure(matrix, slot=slot)
-    scan = _scan(matrix.data[: matrix.indptr[-1]])
-    if scan.is_counts:
-        return
-    offence, what = _worst(scan)
-    first = _describe(matrix, offence.first, adata=adata)
-    raise DataError(
-        f"`{slot}` holds {offence.n} {what} among {scan.n_values} stored values, expected counts; "
-        f"the first is {first}. {_guess(scan)}",
-        fix=_fix(scan, slot=slot, adata=adata),
-    )
-
-
-def _worst(scan: _Scan) -> tuple[_Offence, str]:
-    """Pick the kind of offence to report, with its name in the singular or plural."""
-    kinds = (
-        (scan.invalid, "NaN, infinite or over-large (> 2^53) value"),
-        (scan.negative, "negative value"),
-        (scan.fractional, "fractional value"),
-    )
-    offence, what = next(kind for kind in kinds if kind[0].n)
-    return offence, what if offence.n == 1 else what + "s"
-
-
-def _describe(matrix: sparse.csr_matrix, position: int, *, adata: AnnData) -> str:
-    """Value, cell and gene of a stored value."""
-    row = int(np.searchsorted(matrix.indptr, position, side="right")) - 1
-    column = int(matrix.indices[position])
-    value = matrix.data[position].item()
-    return f"{value:.6g} in cell {str(adata.obs_names[row])!r}, gene {str(adata.var_names[column])!r}"
-
-
-def _guess(scan: _Scan) -> str:
-    """Say in words what values that are not counts look like."""
-    if scan.invalid.n:
-        return "Counts are never missing or infinite."
-    if scan.negative.n and scan.fractional.n:
-        return "It looks scaled (z-scored) or otherwise centred."
-    if scan.negative.n:
-        return "Counts are never negative: something was subtracted, or an integer type overflowed."
-    if scan.largest_deviation <= _NOISE:
-        return f"It looks like counts with rounding noise (at most {scan.largest_deviation:.1g} off)."
-    if scan.largest < 20:
-        return f"It looks log-normalised (largest value {scan.largest:.4g})."
-    if scan.fractional.n < scan.n_values / 2:
-        return "Most values are whole: it looks like corrected counts (CellBender, SoupX, RSEM, Alevin)."
-    return f"It looks normalised without log: FPKM, TPM or CPM (largest value {scan.largest:.4g})."
-
-
-def _fix(scan: _Scan, *, slot: str, adata: AnnData) -> str:
-    """Say where counts are, or how to make them."""
-    found = _find_counts(adata, skip=slot)
-    if found is not None:
-        return found
-    if scan.invalid.n:
-        return "remove the cells or genes that hold these values, or set the values to 0 if they mean no count."
-    noise = scan.largest_deviation <= _NOISE
-    if scan.negative.n or not (noise or scan.fractional.n < scan.n_values / 2):
-        return "load the raw counts, e.g. into adata.layers['counts'], and pass layer='counts'."
-    return f"round explicitly: adata.layers['counts'] = np.rint(adata.{slot}), and pass layer='counts'."
-
-
-def _find_counts(adata: AnnData, *, skip: str) -> str | None:
-    """Tell how to use another slot that holds counts; None if there is none."""
-    for layer in adata.layers:
-        if slot_name(layer) != skip and _holds_counts(adata.layers[layer]):
-            return f"`layers[{layer!r}]` holds counts: pass layer={layer!r}."
-    if skip != "X" and _holds_counts(adata.X):
-        return "`X` holds counts: pass layer=None."
-    raw = adata.raw
-    if raw is not None and adata.var_names.isin(raw.var_names).all() and _holds_counts(raw.X):
-        copied = "adata.layers['counts'] = adata.raw[:, adata.var_names].X"
-        return f"`.raw` holds counts: {copied}, and pass layer='counts'."
-    return None
-
-
-def _holds_counts(matrix: Any) -> bool:
-    """Whether a matrix can be read, has a value other than zero, and holds only counts."""
-    try:
-        values = _as_csr(matrix, slot="X")
-    except DataError:
-        return False
-    scan = _scan(values.data)
-    return scan.is_counts and bool(values.data.any())
-
-
-def panel_counts(matrix: sparse.csr_matrix, columns: NDArray[np.int64]) -> PanelCounts:
-    """Restrict counts to a gene panel, in canonical order.
-
-    Entries that are stored twice are added up, and explicit zeros are dropped. The result depends only on the
-    counts of the panel genes, bit for bit: not on the order of the genes in ``matrix`` nor on other genes.
-
-    Parameters
-    ----------
-    matrix
-        Counts of shape ``(n_obs, n_vars)``, not changed.
-    columns
-        For each panel gene its column of ``matrix``, or -1 if it is absent, shape ``(n_genes,)``.
+        The AnnData it comes from; used to find counts in another slot.
+    used
+        Columns that matter, shape ``(n_vars,)``; None for all. What is wrong in others only is a warning.
+    allow_fractional
+        Accept any finite values that are not negative, such as expected counts.
 
     Returns
     -------
-    Counts of ``n_obs`` cells over ``len(columns)`` genes; an absent gene has no entry.
+    The matrix to read the counts from: values are rounded as they are read if they are counts but for rounding noise
+    of at most 1e-4.
 
     Raises
     ------
     DataError
-        If a column is used twice or does not exist.
+        If there are no genes, no count at all, or a value is NaN, infinite, beyond 2^53, negative or fractional.
+        Fractional values are accepted, with a warning, if they are fewer than the whole ones.
+
+    Warns
+    -----
+    DataWarning
+        If values are fractional or have rounding noise, if values are not counts in columns that do not matter, if
+        counts are too large for their type or for float32, all one, or fewer than 10 in most cells.
     """
-    columns = np.asarray(columns, dtype=np.int64)
-    positions = np.flatnonzero(columns >= 0)
-    present = columns[positions]
-    if len(np.unique(present)) != len(present) or (len(present) and present.max() >= matrix.shape[1]):
+    slot, (n_obs, n_vars) = counts.slot.name, counts.shape
+    if n_vars == 0:
         raise DataError(
-            f"`columns` must hold distinct columns below {matrix.shape[1]}, or -1",
-            fix="take them from match_genes or select_panel.",
+            f"`{slot}` has {n_obs} cells and 0 genes, expected at least one gene",
+            fix="check the filters that were applied to `adata`.",
         )
-    matrix = _share(matrix)
-    panel = matrix[:, present]
-    if np.may_share_memory(panel.data, matrix.data) or np.may_share_memory(panel.indices, matrix.indices):
-        panel = panel.copy()  # the next steps work in place
-    panel.data = panel.data.astype(np.float32, copy=False)
-    panel.sum_duplicates()
-    panel.eliminate_zeros()
-    return PanelCounts(
-        indptr=panel.indptr.astype(np.int64),
-        indices=positions.astype(np.int32)[panel.indices],
-        data=panel.data,
-        n_genes=len(columns),
+    scan = _scan(counts, used)
+    accepted = allow_fractional or scan.has_noise_only or scan.looks_corrected
+    if scan.worst is not None and not (scan.worst == "fractional" and accepted):
+        raise _refusal(scan, counts.slot, adata)
+    rounded = scan.has_noise_only and not allow_fractional
+    if n_obs and (not scan.n_positive or (rounded and scan.largest < 0.5)):
+        genes = "" if used is None else f" in the {int(np.count_nonzero(used))} genes that are used"
+        raise DataError(
+            f"`{slot}` holds no count above zero{genes}, in any of {n_obs} cells",
+            fix=_where_counts(adata, skip=counts.slot) or "check that the right cells and the right layer are used.",
+        )
+    for message in _remarks(scan, counts, allow_fractional=allow_fractional):
+        warnings.warn(message, DataWarning, stacklevel=2)
+    return replace(counts, rounded=rounded)
+
+
+def _remarks(scan: Scan, counts: CountMatrix, *, allow_fractional: bool) -> Iterator[str]:
+    """What is odd about values that are accepted as counts."""
+    slot, fractional = counts.slot.name, scan.offences["fractional"]
+    if scan.n_elsewhere:
+        yield (
+            f"`{slot}` holds {scan.n_elsewhere} values that are not counts (NaN, infinite, negative or fractional), "
+            "all of them in genes that are not used"
+        )
+    if fractional.n and not allow_fractional:
+        if not scan.has_noise_only:
+            yield (
+                f"`{slot}` holds {fractional.n} fractional values among {scan.n_positive}, such as corrected or "
+                "expected counts (CellBender, SoupX, RSEM); they are used as they are. The first is "
+                f"{fractional.first}"
+            )
+        elif scan.largest_deviation > TINY:
+            yield (
+                f"`{slot}` holds {fractional.n} values with rounding noise of at most "
+                f"{scan.largest_deviation:.1g}; they are rounded. The first is {fractional.first}"
+            )
+    exact = _LARGEST_EXACT.get(counts.dtype, _LARGEST_EXACT[np.dtype(np.float32)])
+    if scan.largest > exact:
+        yield (
+            f"`{slot}` holds values up to {scan.largest:.6g}; above {exact:.0f} not every whole number can be kept in "
+            f"{'float16' if counts.dtype == np.float16 else 'float32'}, so counts are inexact"
+        )
+    median = float(np.median(scan.cell_totals)) if counts.shape[0] else _FEW_COUNTS
+    if median < _FEW_COUNTS:
+        yield f"`{slot}` has a median of {median:.3g} counts in a cell: are these empty droplets, or few genes?"
+    elif scan.largest == 1 and not fractional.n and scan.n_positive >= _MANY_VALUES:
+        yield f"`{slot}` looks binarised: all of its {scan.n_positive} values are 1, expected counts"
+
+
+def _refusal(scan: Scan, slot: CountSlot, adata: AnnData) -> DataError:
+    """Error for a matrix that does not hold counts."""
+    assert scan.worst is not None
+    offences = scan.offences[scan.worst]
+    plural = "s" if offences.n != 1 and scan.worst != "nan" else ""
+    return DataError(
+        f"`{slot.name}` holds {offences.n} {KINDS[scan.worst]}{plural} among {scan.n_values} values, expected counts; "
+        f"the first is {offences.first}. {scan.looks_like}",
+        fix=_where_counts(adata, skip=slot) or _repair(scan, slot),
     )
+
+
+def _repair(scan: Scan, slot: CountSlot) -> str:
+    """Tell what to do if no slot holds counts."""
+    if scan.worst in ("nan", "infinite"):
+        sums = f"np.asarray(adata.{slot.name}.sum(axis=1)).ravel()"
+        return f"adata = adata[np.isfinite({sums})].copy()  # leaves out the cells with such values"
+    return "load the raw counts, e.g. into adata.layers['counts'], and pass layer='counts'."
+
+
+def _where_counts(adata: AnnData, *, skip: CountSlot) -> str | None:
+    """Tell how to use another slot that holds counts; None if there is none."""
+    found = next((slot for slot in count_slots(adata) if slot != skip and holds_counts(adata, slot)), None)
+    return None if found is None else f"pass {found.argument}: `{found.name}` holds counts."
+
+
+def count_slots(adata: AnnData) -> list[CountSlot]:
+    """Slots that can hold counts: layers, ``X`` and ``raw.X``, as far as they are filled."""
+    slots = [CountSlot(layer=layer) for layer in adata.layers]
+    with _reading(CountSlot(), adata.filename):
+        slots += [CountSlot()] if _stored_matrix(_whole(adata), CountSlot()) is not None else []
+    return slots + ([CountSlot(use_raw=True)] if adata.raw is not None else [])
+
+
+def holds_counts(adata: AnnData, slot: CountSlot) -> bool:
+    """Whether a slot can be read, has a value other than zero, and holds only whole numbers from zero on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)
+            scan = _scan(open_counts(adata, slot))
+    except DataError:
+        return False
+    return scan.worst is None and scan.n_positive > 0
+
+
+def columns_to_genes(columns: NDArray[np.int64], n_vars: int) -> NDArray[np.int64]:
+    """Position in a panel of each of ``n_vars`` columns, -1 for the others, (n_vars,), for a panel of given columns."""
+    genes = np.full(n_vars, -1, dtype=np.int64)
+    genes[columns] = np.arange(len(columns))
+    return genes
+
+
+def panel_counts(matrix: sparse.csr_matrix, gene_of_column: NDArray[np.int64], n_genes: int) -> PanelCounts:
+    """Restrict counts to a gene panel, in canonical order.
+
+    Counts of columns of the same gene, and entries that are stored twice, are added up in float64; explicit zeros are
+    dropped. The result depends only on the counts of the panel genes, bit for bit: not on the order of the columns of
+    ``matrix`` nor on the columns of other genes.
+
+    Parameters
+    ----------
+    matrix
+        Counts of shape ``(n_obs, n_vars)``, of checked structure. Not changed.
+    gene_of_column
+        Panel position of each column, in ``0..n_genes - 1``, or -1 for a gene that is not in the panel, shape
+        ``(n_vars,)``.
+    n_genes
+        Size of the panel.
+
+    Returns
+    -------
+    Counts of ``n_obs`` cells over ``n_genes`` genes; a gene that no column has has no entry.
+
+    Raises
+    ------
+    DataError
+        If ``gene_of_column`` has another length, or positions outside of the panel.
+    """
+    gene_of_column = np.asarray(gene_of_column, dtype=np.int64)
+    if gene_of_column.shape != (matrix.shape[1],) or (gene_of_column >= n_genes).any() or (gene_of_column < -1).any():
+        raise DataError(
+            f"`gene_of_column` has shape {gene_of_column.shape}, expected ({matrix.shape[1]},) and values of "
+            f"-1..{n_genes - 1}",
+            fix="take it from match_genes or columns_to_genes.",
+        )
+    step = max(1, _PANEL_VALUES * matrix.shape[0] // max(int(matrix.indptr[-1]), 1))
+    indptr, indices, data = [np.zeros(1, dtype=np.int64)], [], []
+    for start in range(0, matrix.shape[0], step):
+        lengths, genes, values = _panel_rows(matrix, start, min(start + step, matrix.shape[0]), gene_of_column, n_genes)
+        indptr.append(indptr[-1][-1] + np.cumsum(lengths))
+        indices.append(genes)
+        data.append(values)
+    return PanelCounts(
+        indptr=np.concatenate(indptr),
+        indices=np.concatenate([np.empty(0, dtype=np.int32), *indices]),
+        data=np.concatenate([np.empty(0, dtype=np.float32), *data]),
+        n_genes=n_genes,
+    )
+
+
+def _panel_rows(
+    matrix: sparse.csr_matrix, start: int, stop: int, gene_of_column: NDArray[np.int64], n_genes: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    """Number of counts of some cells, and their panel positions and values, in canonical order."""
+    span = slice(int(matrix.indptr[start]), int(matrix.indptr[stop]))
+    genes = gene_of_column[matrix.indices[span]]
+    kept = genes >= 0
+    rows = np.repeat(np.arange(stop - start), np.diff(matrix.indptr[start : stop + 1]))[kept]
+    keys, values = rows * n_genes + genes[kept], matrix.data[span][kept].astype(np.float64)
+    order = np.argsort(keys, kind="stable")
+    if (np.diff(keys[order]) == 0).any():
+        order = np.lexsort((values, keys))  # so that a sum does not depend on the order of its terms
+    keys, values = keys[order], values[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    sums = (np.add.reduceat(values, first) if len(first) else values).astype(np.float32)
+    keys, sums = keys[first][sums != 0], sums[sums != 0]
+    rows, genes = np.divmod(keys, max(n_genes, 1))
+    return np.bincount(rows, minlength=stop - start), genes.astype(np.int32), sums

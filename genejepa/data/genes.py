@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genejepa.data.counts import panel_counts
-from genejepa.data.setup import batch_codes
-from genejepa.errors import ConfigError, DataError, MissingKeyError
+from genejepa.data.counts import columns_to_genes, panel_counts
+from genejepa.data.slots import as_text, missing_key
+from genejepa.errors import ConfigError, DataError, DataWarning
 
 if TYPE_CHECKING:
-    from anndata import AnnData
+    import pandas as pd
     from numpy.typing import NDArray
     from scipy import sparse
 
 _SMALLEST_BATCH = 20
 """Cells that a batch needs for a vote on the panel: below, residual variances are noise and tie."""
 
+_EXPRESSION = "Gene Expression"
+"""Value of ``feature_types`` that 10x Genomics gives to genes."""
+
 _N_EXAMPLES = 3
 
 
-def gene_names(adata: AnnData, *, gene_symbols: str | None = None) -> NDArray[np.object_]:
+def gene_names(var: pd.DataFrame, *, gene_symbols: str | None = None, table: str = "var") -> NDArray[np.object_]:
     """Read the name of every gene.
 
     Parameters
     ----------
-    adata
-        Annotated data.
+    var
+        Table of the genes: ``var`` or ``raw.var``.
     gene_symbols
-        Column of ``var`` with the names; None takes ``var_names``.
+        Column with the names; None takes the index, ``var_names``.
+    table
+        Name of the table, for messages.
 
     Returns
     -------
@@ -41,28 +47,59 @@ def gene_names(adata: AnnData, *, gene_symbols: str | None = None) -> NDArray[np
     MissingKeyError
         If the column does not exist.
     DataError
-        If a name is missing (NaN, None) or blank.
+        If a name is missing (NaN, None) or blank, or if there are several names for each gene (a MultiIndex, or
+        several columns of this name).
+
+    Warns
+    -----
+    DataWarning
+        If names are bytes or numbers.
     """
+    values: Any
     if gene_symbols is None:
-        slot, values = "var_names", adata.var_names
-    elif gene_symbols in adata.var:
-        slot, values = f"var[{gene_symbols!r}]", adata.var[gene_symbols]
+        slot, values = f"{table}_names", var.index
+    elif gene_symbols in var:
+        slot, values = f"{table}[{gene_symbols!r}]", var[gene_symbols]
     else:
-        raise MissingKeyError(
-            f"`var[{gene_symbols!r}]` does not exist; `var` has {[str(c) for c in adata.var.columns]}",
-            fix="pass gene_symbols=None to use `var_names`, or the name of an existing column.",
+        raise missing_key(table, gene_symbols, var.columns, argument="gene_symbols")
+    n_levels = values.shape[1] if values.ndim == 2 else getattr(values, "nlevels", 1)
+    if n_levels > 1:
+        raise DataError(
+            f"`{slot}` has {n_levels} names for each gene, expected one",
+            fix=f"adata.{table}_names = adata.{table}_names.get_level_values(0)"
+            if gene_symbols is None
+            else f"adata.{table} = adata.{table}.loc[:, ~adata.{table}.columns.duplicated()]",
         )
     missing = np.asarray(values.isna())
     names = np.empty(len(values), dtype=object)
-    names[:] = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+    names[:] = [as_text(value) for value in values]
     blank = np.flatnonzero(missing | np.fromiter((not n.strip() for n in names), dtype=bool, count=len(names)))
     if len(blank):
         raise DataError(
-            f"`{slot}` has {len(blank)} missing or blank names among {len(names)}, first at position "
-            f"{blank[0]}; expected a name for every gene",
-            fix=f"drop these genes: adata = adata[:, adata.{slot}.notna() & (adata.{slot} != '')].copy()",
+            f"`{slot}` has {len(blank)} missing or blank names among {len(names)}, at the positions "
+            f"{blank[:_N_EXAMPLES].tolist()}{' and more' if len(blank) > _N_EXAMPLES else ''}; expected a name for "
+            "every gene",
+            fix=_keeping(slot, "{}.astype(object).fillna('').astype(str).str.strip() != ''"),
+        )
+    foreign = sorted({type(value).__name__ for value in values if not isinstance(value, str)})
+    if foreign:
+        warnings.warn(
+            f"`{slot}` holds names of type {', '.join(foreign)}, expected text; they are read as text, the first as "
+            f"{names[0]!r}",
+            DataWarning,
+            stacklevel=2,
         )
     return names
+
+
+def is_gene(var: pd.DataFrame) -> NDArray[np.bool_]:
+    """Which columns are genes, shape ``(n_vars,)``, by the column ``feature_types`` that 10x Genomics writes.
+
+    Antibodies, peaks and guides are none. All columns are genes if there is no such column, or if none is marked so.
+    """
+    types = var["feature_types"].astype(str).to_numpy() if "feature_types" in var else np.empty(0, dtype=object)
+    genes: NDArray[np.bool_] = types == _EXPRESSION
+    return genes if genes.any() else np.ones(len(var), dtype=bool)
 
 
 def check_unique(names: NDArray[np.object_], columns: NDArray[np.int64], *, slot: str = "var_names") -> None:
@@ -103,8 +140,15 @@ def _duplicates_error(
     return DataError(
         f"`{slot}` has {len(repeated)} duplicated names among the genes of the model: {listed}; "
         f"the first is at positions {where}; expected each once",
-        fix=f"keep the first of each: adata = adata[:, ~adata.{slot}.duplicated()].copy()",
+        fix=_keeping(slot, "~{}.duplicated()") + "  # keeps the first of each",
     )
+
+
+def _keeping(slot: str, condition: str) -> str:
+    """Line of code that keeps the genes whose names, put in for ``{}``, meet a condition."""
+    names = slot.removeprefix("raw.")
+    whole = "" if names == slot else "adata = adata.raw.to_adata(); "
+    return f"{whole}adata = adata[:, {condition.format(f'adata.{names}')}].copy()"
 
 
 def select_panel(
@@ -113,6 +157,7 @@ def select_panel(
     *,
     n_genes: int | None = 2000,
     batch: NDArray[np.int64] | None = None,
+    table: str = "var",
 ) -> NDArray[np.int64]:
     """Choose the most variable genes by the variance of their Pearson residuals.
 
@@ -137,6 +182,8 @@ def select_panel(
         than theirs.
     batch
         Batch of every cell, shape ``(n_obs,)``; None for one batch.
+    table
+        Table of the genes, for messages.
 
     Returns
     -------
@@ -153,7 +200,10 @@ def select_panel(
         raise ConfigError(f"`n_genes` is {n_genes}, expected at least 1", fix="pass n_genes=2000, or None for all.")
     expressed = _expressed_genes(counts)
     if not len(expressed):
-        raise DataError("no gene has a count: all values are zero", fix="check that the right layer is used.")
+        raise DataError(
+            f"`{table}` has {counts.shape[1]} genes, and none of them has a count in {counts.shape[0]} cells",
+            fix="check the filters that were applied to `adata`, and that the right layer is used.",
+        )
     if n_genes is None or len(expressed) <= n_genes:
         return expressed
     by_name = expressed[np.argsort(gene_names[expressed], kind="stable")]
@@ -181,7 +231,7 @@ def _most_variable(
     import scanpy as sc
     from scipy import sparse
 
-    panel = panel_counts(counts, columns)
+    panel = panel_counts(counts, columns_to_genes(columns, counts.shape[1]), len(columns))
     filled = np.diff(panel.indptr) > 0
     # Whole numbers are summed exactly, so the result does not depend on the order of cells and genes.
     data = panel.data.astype(np.int32 if panel.data.max() < 2**31 - 128 else np.float64)
@@ -216,31 +266,35 @@ def _voting_groups(batch: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def resolve_panel(
-    adata: AnnData,
-    counts: sparse.csr_matrix,
+    matrix: sparse.csr_matrix,
+    var: pd.DataFrame,
     *,
     n_genes: int | None = 2000,
     mask_var: str | NDArray[np.bool_] | None = None,
-    batch_key: str | None = None,
     gene_symbols: str | None = None,
+    batch: NDArray[np.int64] | None = None,
+    table: str = "var",
 ) -> NDArray[np.int64]:
     """Choose the gene panel of a model: the genes the user marked, or the most variable ones.
 
     Parameters
     ----------
-    adata
-        Annotated data that ``counts`` was read from.
-    counts
+    matrix
         Counts of shape ``(n_obs, n_vars)``, not changed.
+    var
+        Table of the genes: ``var`` or ``raw.var``.
     n_genes
-        Size of the panel if ``mask_var`` is None, see :func:`select_panel`.
+        Size of the panel if ``mask_var`` is None, see :func:`select_panel`. Only columns that are genes take part,
+        see :func:`is_gene`.
     mask_var
-        Boolean column of ``var``, or boolean array of shape ``(n_vars,)``: the genes to take, less those
+        Boolean column of ``var``, or boolean array of shape ``(n_vars,)``: the columns to take, less those
         without a count.
-    batch_key
-        Column of ``obs`` with the batch of every cell, used if ``mask_var`` is None.
     gene_symbols
         Column of ``var`` with the gene names; None takes ``var_names``.
+    batch
+        Batch of every cell, shape ``(n_obs,)``, used if ``mask_var`` is None; None for one batch.
+    table
+        Name of the table, for messages.
 
     Returns
     -------
@@ -253,11 +307,16 @@ def resolve_panel(
     DataError
         If the mask is not boolean or marks no gene with a count, if a gene name is missing, or if the name of
         a panel gene is repeated.
+
+    Warns
+    -----
+    DataWarning
+        If columns are left out because they are not genes.
     """
-    names = gene_names(adata, gene_symbols=gene_symbols)
+    names = gene_names(var, gene_symbols=gene_symbols, table=table)
     if mask_var is not None:
-        mask, slot = _read_mask(adata, mask_var)
-        expressed = _expressed_genes(counts)
+        mask, slot = _read_mask(var, mask_var, table)
+        expressed = _expressed_genes(matrix)
         columns = expressed[mask[expressed]]
         if not len(columns):
             raise DataError(
@@ -265,34 +324,42 @@ def resolve_panel(
                 fix="mark other genes, or pass mask_var=None to choose the most variable genes.",
             )
     else:
-        batch = None if batch_key is None else batch_codes(adata, batch_key)[0]
-        columns = select_panel(counts, names, n_genes=n_genes, batch=batch)
-    check_unique(names, columns, slot="var_names" if gene_symbols is None else f"var[{gene_symbols!r}]")
+        genes = np.flatnonzero(is_gene(var))
+        if len(genes) < len(var):
+            others = var["feature_types"].astype(str).value_counts().drop(_EXPRESSION)
+            warnings.warn(
+                f"`{table}['feature_types']` marks {int(others.sum())} columns as {', '.join(others.index)}: they are "
+                "not used",
+                DataWarning,
+                stacklevel=2,
+            )
+            matrix = matrix[:, genes]
+        columns = genes[select_panel(matrix, names[genes], n_genes=n_genes, batch=batch, table=table)]
+    slot = f"{table}_names" if gene_symbols is None else f"{table}[{gene_symbols!r}]"
+    rivals = is_gene(var)
+    rivals[columns] = True
+    check_unique(np.where(rivals, names, ""), columns, slot=slot)
     return columns
 
 
-def _read_mask(adata: AnnData, mask_var: str | NDArray[np.bool_]) -> tuple[NDArray[np.bool_], str]:
+def _read_mask(var: pd.DataFrame, mask_var: str | NDArray[np.bool_], table: str) -> tuple[NDArray[np.bool_], str]:
     """Boolean mask over the genes, and the name of where it comes from."""
     if not isinstance(mask_var, str):
         slot, mask = "mask_var", np.asarray(mask_var)
-    elif mask_var not in adata.var:
-        boolean = [str(c) for c in adata.var.columns if adata.var[c].dtype.kind == "b"]
-        raise MissingKeyError(
-            f"`var[{mask_var!r}]` does not exist; boolean columns of `var`: {boolean}",
-            fix="pass mask_var=None to choose the most variable genes, or the name of an existing column.",
-        )
+    elif mask_var not in var:
+        raise missing_key(table, mask_var, [c for c in var.columns if var[c].dtype.kind == "b"], argument="mask_var")
     else:
-        slot, column = f"var[{mask_var!r}]", adata.var[mask_var]
+        slot, column = f"{table}[{mask_var!r}]", var[mask_var]
         if column.isna().any():
             raise DataError(
                 f"`{slot}` has {int(column.isna().sum())} missing values, first for gene "
-                f"{str(adata.var_names[int(column.isna().argmax())])!r}; expected True or False",
+                f"{str(var.index[int(column.isna().argmax())])!r}; expected True or False",
                 fix=f"adata.{slot} = adata.{slot}.fillna(False).astype(bool)",
             )
         mask = column.to_numpy(dtype=bool) if column.dtype == "boolean" else column.to_numpy()
-    if mask.dtype != np.bool_ or mask.shape != (adata.n_vars,):
+    if mask.dtype != np.bool_ or mask.shape != (len(var),):
         raise DataError(
-            f"`{slot}` has dtype {mask.dtype} and shape {mask.shape}, expected bool and ({adata.n_vars},)",
+            f"`{slot}` has dtype {mask.dtype} and shape {mask.shape}, expected bool and ({len(var)},)",
             fix="mark the genes with True or False, one value for each gene.",
         )
     return mask, slot

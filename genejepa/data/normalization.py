@@ -88,6 +88,14 @@ class Normalizer:
             frequency.astype(np.float32),
         )
 
+    def arrays(self) -> dict[str, NDArray[np.float32]]:
+        """All numbers by name, for a hash of the model."""
+        own = {"median_depth": np.array([self.median_depth], dtype=np.float32)}
+        own |= {name: getattr(self, name) for name in ("mean", "scale", "frequency")}
+        if self.batches is not None:
+            own |= {f"batches.{name}": getattr(self.batches, name) for name in ("centre", "gain", "frequency")}
+        return {f"normalizer.{name}": array for name, array in own.items()}
+
     @cached_property
     def zero_values(self) -> NDArray[np.float32]:
         """Value of a gene without counts, (n_batches + 1, n_genes); the last row is for an unknown batch."""

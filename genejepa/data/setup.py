@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genejepa._constants import UNS_KEY
-from genejepa.errors import DataError, MissingKeyError
+from genejepa.data.slots import CountSlot, as_text, missing_key, obs_column
+from genejepa.errors import ConfigError, DataError, DataWarning, MissingKeyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
 
 _SETUP = "setup"
 _SCVI_ADATA = "_scvi_uuid"
 _SCVI_MANAGER = "_scvi_manager_uuid"
+
+_MANY_CELLS = 20
+"""Cells from which on more batches than half their number cannot be meant."""
+
+_N_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -36,19 +43,49 @@ class Registration:
         Column of ``obs`` with the batch of every cell; None for one batch.
     labels_key
         Column of ``obs`` with cell labels; None for no labels.
+    use_raw
+        Read the counts from ``raw.X`` instead of ``X``.
+
+    Raises
+    ------
+    ConfigError
+        If ``use_raw`` is given together with a layer.
     """
 
     layer: str | None = None
     batch_key: str | None = None
     labels_key: str | None = None
+    use_raw: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.slot  # refuses raw together with a layer
+
+    @property
+    def slot(self) -> CountSlot:
+        """Where the counts are."""
+        return CountSlot(self.layer, self.use_raw)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Registration:
+        """Inverse of :func:`dataclasses.asdict`; a ValueError for anything else, such as entries of a forged file."""
+        found = cls(**values)
+        keys = (found.layer, found.batch_key, found.labels_key)
+        if not isinstance(found.use_raw, bool) or not all(isinstance(key, str | None) for key in keys):
+            raise ValueError(f"the slots {dict(values)} are not keys of an AnnData")
+        return found
 
 
 def register(
-    adata: AnnData, *, layer: str | None = None, batch_key: str | None = None, labels_key: str | None = None
+    adata: AnnData,
+    *,
+    layer: str | None = None,
+    use_raw: bool = False,
+    batch_key: str | None = None,
+    labels_key: str | None = None,
 ) -> Registration:
     """Record in the AnnData which of its slots are to be used.
 
-    Only ``adata.uns["genejepa"]["setup"]`` is written, with strings (empty for None), so it can be saved. A
+    Only ``adata.uns["genejepa"]["setup"]`` is written, with strings (empty for None and False), so it can be saved. A
     view becomes a copy by that, as with any assignment to a view.
 
     Parameters
@@ -57,6 +94,8 @@ def register(
         Annotated data.
     layer
         Key of ``layers`` with the counts; None for ``X``.
+    use_raw
+        Read the counts from ``raw.X`` instead of ``X``.
     batch_key
         Column of ``obs`` with the batch of every cell; no value may be missing.
     labels_key
@@ -68,12 +107,15 @@ def register(
 
     Raises
     ------
+    ConfigError
+        If ``use_raw`` is given together with a layer, or a key is not a string.
     MissingKeyError
         If a key does not exist.
     DataError
-        If a cell has no batch, or if ``uns["genejepa"]`` holds something else.
+        If a cell has no batch, if the batch column cannot be one (see :func:`batch_codes`), or if
+        ``uns["genejepa"]`` holds something else.
     """
-    registration = Registration(layer=layer, batch_key=batch_key, labels_key=labels_key)
+    registration = Registration(layer=layer, batch_key=batch_key, labels_key=labels_key, use_raw=use_raw)
     _check(adata, registration)
     record = adata.uns.get(UNS_KEY, {})
     if not isinstance(record, Mapping):
@@ -81,7 +123,7 @@ def register(
             f"`uns[{UNS_KEY!r}]` holds a {type(record).__name__} that genejepa did not write",
             fix=f"rename or delete it: del adata.uns[{UNS_KEY!r}]",
         )
-    setup = {name: value or "" for name, value in asdict(registration).items()}
+    setup = {name: str(value or "") for name, value in asdict(registration).items()}
     adata.uns[UNS_KEY] = {**record, _SETUP: setup}
     return registration
 
@@ -124,7 +166,7 @@ def registration_of(adata: AnnData) -> Registration:
     return registration
 
 
-def batch_codes(adata: AnnData, key: str) -> tuple[NDArray[np.int64], list[str]]:
+def batch_codes(adata: AnnData, key: str, *, training: bool = True) -> tuple[NDArray[np.int64], list[str]]:
     """Give every batch of an AnnData a number.
 
     Parameters
@@ -132,58 +174,114 @@ def batch_codes(adata: AnnData, key: str) -> tuple[NDArray[np.int64], list[str]]
     adata
         Annotated data, not changed.
     key
-        Column of ``obs`` with the batch of every cell. Values of any type; they are compared as strings.
+        Column of ``obs`` with the batch of every cell: text, whole numbers or booleans.
+    training
+        Refuse a column with hardly two cells of a batch, from which nothing can be learnt.
 
     Returns
     -------
     The batch of every cell, shape ``(n_obs,)``, in ``0..n_batches - 1``, and the names of the batches that
-    occur, sorted as strings.
+    occur, sorted as strings. Categories without a cell are left out.
 
     Raises
     ------
     MissingKeyError
         If the column does not exist.
     DataError
-        If a cell has no batch.
+        If a cell has no batch, if there are values of several types such as ``1`` and ``"1"``, or, in training, if 20
+        cells or more have more batches than half their number.
+
+    Warns
+    -----
+    DataWarning
+        If the values are floating-point numbers.
     """
-    _check(adata, Registration(batch_key=key))
-    values = np.asarray(adata.obs[key].astype(str), dtype=object)
-    categories, codes = np.unique(values, return_inverse=True)
-    return codes.astype(np.int64), [str(c) for c in categories]
+    import pandas as pd
+
+    column = _complete_column(adata, key)
+    _check_types(column, key)
+    codes, values = pd.factorize(column)
+    if training and len(values) > len(column) / 2 and len(column) >= _MANY_CELLS:
+        raise DataError(
+            f"`obs[{key!r}]` has {len(values)} distinct values in {len(column)} cells, such as "
+            f"{[as_text(v) for v in values[:_N_EXAMPLES]]}: is this a batch?",
+            fix="pass as batch_key a column with several cells for each value, or None.",
+        )
+    if column.dtype.kind == "f" and len(values):
+        warnings.warn(
+            f"`obs[{key!r}]` holds floating-point numbers, such as {values[0]}; each of its {len(values)} values is "
+            "taken as one batch.",
+            DataWarning,
+            stacklevel=2,
+        )
+    names, order = np.unique(np.array([as_text(v) for v in values], dtype=object), return_inverse=True)
+    return order[codes].astype(np.int64), [str(name) for name in names]
+
+
+def _complete_column(adata: AnnData, key: str) -> pd.Series[Any]:
+    """Column of ``obs`` that has a value for every cell."""
+    column = obs_column(adata, key)
+    missing = column.isna().to_numpy()
+    if missing.any():
+        raise DataError(
+            f"`obs[{key!r}]` has {int(missing.sum())} missing values, first for cell "
+            f"{str(adata.obs_names[int(missing.argmax())])!r}; expected a batch for every cell",
+            fix=f"adata.obs[{key!r}] = adata.obs[{key!r}].astype('string').fillna('unknown').astype('category')",
+        )
+    return column
+
+
+def _check_types(column: pd.Series[Any], key: str) -> None:
+    """Refuse a column with values of several types: pandas takes 1 and True for one, and ``"1"`` for another."""
+    values = column.cat.remove_unused_categories().cat.categories if hasattr(column, "cat") else column
+    types = sorted({_type_name(kind) for kind in set(map(type, values))}) if values.dtype == object else []
+    if len(types) > 1:
+        raise DataError(
+            f"`obs[{key!r}]` mixes values of the types {', '.join(types)}, of which some may be meant to be equal; "
+            "expected one type",
+            fix=f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(str).astype('category')",
+        )
+
+
+def _type_name(kind: type) -> str:
+    """Name of a type; numpy's types have that of Python's."""
+    known: dict[str, tuple[type, ...]] = {
+        "bool": (bool, np.bool_),
+        "int": (int, np.integer),
+        "float": (float, np.floating),
+        "str": (str,),
+    }
+    return next((name for name, kinds in known.items() if issubclass(kind, kinds)), kind.__name__)
 
 
 def _check(adata: AnnData, registration: Registration) -> None:
-    """Refuse keys that do not exist, and a batch column with missing values."""
-    for argument, slot, key, existing in (
-        ("layer", "layers", registration.layer, adata.layers),
-        ("batch_key", "obs", registration.batch_key, adata.obs),
-        ("labels_key", "obs", registration.labels_key, adata.obs),
-    ):
-        if key is not None and (not key or key not in existing):
-            raise MissingKeyError(
-                f"`{slot}[{key!r}]` ({argument}) does not exist; `{slot}` has {[str(k) for k in existing]}",
-                fix=f"call setup_anndata(adata, {argument}=...) with an existing key, or without it.",
+    """Refuse keys that are not text or do not exist, and a batch column that cannot be one."""
+    keys = {"layer": registration.layer, "batch_key": registration.batch_key, "labels_key": registration.labels_key}
+    for argument, key in keys.items():
+        if key is not None and not isinstance(key, str):
+            raise ConfigError(
+                f"`{argument}` is {key!r}, of type {type(key).__name__}, expected a string or None.",
+                fix="adata.obs.columns = adata.obs.columns.astype(str), and pass the name as a string.",
             )
-    if registration.batch_key is None:
-        return
-    missing = adata.obs[registration.batch_key].isna().to_numpy()
-    if missing.any():
-        raise DataError(
-            f"`obs[{registration.batch_key!r}]` has {int(missing.sum())} missing values, first for cell "
-            f"{str(adata.obs_names[int(missing.argmax())])!r}; expected a batch for every cell",
-            fix=f"adata = adata[adata.obs[{registration.batch_key!r}].notna()].copy(), or fill the values.",
-        )
+        slot, existing = ("layers", adata.layers) if argument == "layer" else ("obs", adata.obs)
+        if key is not None and (not key or key not in existing):
+            raise missing_key(slot, key, existing, argument=argument)
+    if registration.use_raw and adata.raw is None:
+        raise MissingKeyError("`raw` (use_raw=True) is empty.", fix="leave use_raw out to read `X`.")
+    if registration.batch_key is not None:
+        _check_types(_complete_column(adata, registration.batch_key), registration.batch_key)
 
 
 def _parse(record: Any) -> Registration:
     """Read the record of :func:`register`."""
-    names = ("layer", "batch_key", "labels_key")
+    names = ("layer", "batch_key", "labels_key", "use_raw")
     if not isinstance(record, Mapping) or not all(isinstance(record.get(name, ""), str) for name in names):
         raise DataError(
             f"`uns[{UNS_KEY!r}][{_SETUP!r}]` is {record!r}, expected a dict of strings",
             fix="call setup_anndata(adata) again.",
         )
-    return Registration(**{name: str(record.get(name, "")) or None for name in names})
+    layer, batch_key, labels_key, use_raw = (str(record.get(name, "")) or None for name in names)
+    return Registration(layer, batch_key, labels_key, use_raw=use_raw is not None)
 
 
 def _scvi_registration(adata: AnnData) -> Registration:
@@ -191,8 +289,8 @@ def _scvi_registration(adata: AnnData) -> Registration:
     for manager in _scvi_managers(str(adata.uns[_SCVI_ADATA])):
         if manager.id == str(adata.uns.get(_SCVI_MANAGER, manager.id)):
             arguments = manager.registry.get("setup_args") or {}
-            names = ("layer", "batch_key", "labels_key")
-            return Registration(**{name: arguments.get(name) for name in names})
+            layer, batch_key, labels_key = (arguments.get(name) for name in ("layer", "batch_key", "labels_key"))
+            return Registration(layer, batch_key, labels_key)
     warnings.warn(
         "`adata` was registered with scvi-tools in another process, so its layer and batch are not known: "
         "using `X` and no batch. To choose, call setup_anndata(adata, layer=..., batch_key=...).",

@@ -1,29 +1,111 @@
-"""Reading a column of ``obs`` or an embedding of ``obsm``, with errors that name what there is."""
+"""Where things are in an AnnData: counts, columns of ``obs`` and embeddings, with errors that name what there is."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genejepa.errors import DataError, MissingKeyError
+from genejepa.errors import ConfigError, DataError, MissingKeyError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
 
+_N_LISTED = 20
+
+
+@dataclass(frozen=True)
+class CountSlot:
+    """The slot of an AnnData that counts are read from.
+
+    Parameters
+    ----------
+    layer
+        Key of ``layers``; None for ``X``.
+    use_raw
+        Read ``raw.X``, which may have more genes than ``X``.
+
+    Raises
+    ------
+    ConfigError
+        If both are given.
+    """
+
+    layer: str | None = None
+    use_raw: bool = False
+
+    def __post_init__(self) -> None:
+        if self.use_raw and self.layer is not None:
+            raise ConfigError(
+                f"`layer` is {self.layer!r} and `use_raw` is True, expected one of them.",
+                fix=f"pass layer={self.layer!r} or use_raw=True, not both.",
+            )
+
+    @property
+    def name(self) -> str:
+        """Name for messages: ``X``, ``layers['<layer>']`` or ``raw.X``."""
+        if self.use_raw:
+            return "raw.X"
+        return "X" if self.layer is None else f"layers[{self.layer!r}]"
+
+    @property
+    def argument(self) -> str:
+        """How to ask for this slot, such as ``layer='counts'``."""
+        return "use_raw=True" if self.use_raw else f"layer={self.layer!r}"
+
+    @property
+    def table(self) -> str:
+        """Name of the table of genes, for messages."""
+        return "raw.var" if self.use_raw else "var"
+
+    def var(self, adata: AnnData) -> pd.DataFrame:
+        """Table of the genes of this slot."""
+        table: pd.DataFrame = adata.raw.var if self.use_raw else adata.var
+        return table
+
+
+def missing_key(slot: str, key: object, existing: Iterable[object], *, argument: str = "") -> MissingKeyError:
+    """Error for a key that does not exist, with those that do and the one that was probably meant."""
+    names = [str(name) for name in existing]
+    listed = ", ".join(map(repr, names[:_N_LISTED])) + (", ..." if len(names) > _N_LISTED else "")
+    close = get_close_matches(str(key), names, n=1)
+    problem = f"`{slot}[{key!r}]`{argument and f' ({argument})'} does not exist, found {listed or 'none'}"
+    if close:
+        return MissingKeyError(f"{problem}; did you mean {close[0]!r}?", fix=f"pass {close[0]!r}.")
+    return MissingKeyError(f"{problem}.", fix="pass one of these names." if names else f"fill `adata.{slot}` first.")
+
 
 def obs_column(adata: AnnData, key: str) -> pd.Series[Any]:
-    """Return a column of ``obs``."""
+    """Return a column of ``obs``.
+
+    Raises
+    ------
+    MissingKeyError
+        If it does not exist.
+    DataError
+        If several columns have this name.
+    """
     if key not in adata.obs:
-        found = ", ".join(repr(str(name)) for name in adata.obs.columns) or "none"
-        raise MissingKeyError(
-            f"`obs[{key!r}]` does not exist, found {found}.",
-            fix="Pass the name of an existing column of adata.obs.",
+        raise missing_key("obs", key, adata.obs.columns)
+    column: Any = adata.obs[key]
+    if column.ndim != 1:
+        raise DataError(
+            f"`obs` has {column.shape[1]} columns named {key!r}, expected one.",
+            fix="adata.obs = adata.obs.loc[:, ~adata.obs.columns.duplicated()]",
         )
-    column: pd.Series[Any] = adata.obs[key]
-    return column
+    found: pd.Series[Any] = column
+    return found
+
+
+def as_text(value: object) -> str:
+    """Text of a name; bytes, as old HDF5 files give them, are decoded."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def read_embedding(adata: AnnData, use_rep: str) -> NDArray[np.float64]:
@@ -31,10 +113,7 @@ def read_embedding(adata: AnnData, use_rep: str) -> NDArray[np.float64]:
     from scipy.sparse import issparse
 
     if use_rep not in adata.obsm:
-        raise MissingKeyError(
-            f"`obsm[{use_rep!r}]` does not exist, found {', '.join(map(repr, adata.obsm)) or 'none'}.",
-            fix="Write the embedding into adata.obsm first, or pass the use_rep of an existing one.",
-        )
+        raise missing_key("obsm", use_rep, adata.obsm)
     stored: Any = adata.obsm[use_rep]
     return finite_matrix(stored.toarray() if issparse(stored) else stored, name=f"obsm[{use_rep!r}]")
 
