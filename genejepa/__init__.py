@@ -21,6 +21,7 @@ __all__ = [
     "__version__",
     "bench",
     "benchmark",
+    "check",
     "config",
     "datasets",
     "embed",
@@ -33,6 +34,7 @@ __all__ = [
 _HOME = {
     "GeneJEPA": "genejepa.model",
     "benchmark": "genejepa.bench.api",
+    "check": "genejepa.checks",
     "embed": "genejepa.api",
     "fit": "genejepa.api",
 }

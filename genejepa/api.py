@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from genejepa._constants import OBSM_KEY
 from genejepa.model import GeneJEPA
+from genejepa.query import require_writable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,11 +15,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from genejepa.data.matching import GeneMapping
+
 
 def fit(
     adata: AnnData,
     *,
     layer: str | None = None,
+    use_raw: bool = False,
     batch_key: str | None = None,
     labels_key: str | None = None,
     n_genes: int | None = 2000,
@@ -37,7 +41,7 @@ def fit(
     ----------
     adata
         Raw counts, (n_obs, n_vars).
-    layer, batch_key, labels_key
+    layer, use_raw, batch_key, labels_key
         As in :meth:`genejepa.GeneJEPA.setup_anndata`; a ``batch_key`` is corrected for. Leave them out for an AnnData
         that is set up already, also for scvi-tools.
     n_genes, mask_var, gene_symbols, **settings
@@ -62,11 +66,12 @@ def fit(
     >>> adata.obsm["X_genejepa"].shape
     (300, 64)
     """
-    if any(key is not None for key in (layer, batch_key, labels_key)):
-        GeneJEPA.setup_anndata(adata, layer=layer, batch_key=batch_key, labels_key=labels_key)
+    require_writable(adata)
+    if use_raw or any(key is not None for key in (layer, batch_key, labels_key)):
+        GeneJEPA.setup_anndata(adata, layer=layer, use_raw=use_raw, batch_key=batch_key, labels_key=labels_key)
     model = GeneJEPA(adata, n_genes=n_genes, mask_var=mask_var, gene_symbols=gene_symbols, **settings)
     model.train(max_epochs=max_epochs, seed=seed, progress_bar=progress_bar, **(train_options or {}))
-    model.write_embedding(adata, model.get_latent_representation(), key_added=key_added)
+    model.write_embedding(adata, key_added=key_added)
     return model
 
 
@@ -75,7 +80,11 @@ def embed(
     model: GeneJEPA | str | Path,
     *,
     layer: str | None = None,
+    use_raw: bool = False,
     key_added: str = OBSM_KEY,
+    gene_mapping: GeneMapping = "names",
+    duplicates: Literal["error", "sum"] = "error",
+    min_overlap: float = 0.5,
     copy: bool = False,
 ) -> AnnData | None:
     """Embed other cells with a trained model.
@@ -85,11 +94,11 @@ def embed(
     adata
         Raw counts. Genes are matched by name; their order does not matter, extra genes are ignored, and missing
         genes count as not measured. Of a model trained with a ``batch_key``, cells whose batch is not known to it
-        are embedded without correction, with a warning in the log.
+        are embedded without correction, with a warning.
     model
         A model, or the directory of a saved one.
-    layer
-        Layer with raw counts; None takes what is declared for ``adata``, else what the training used.
+    layer, use_raw, gene_mapping, duplicates, min_overlap
+        As in :meth:`genejepa.GeneJEPA.get_latent_representation`.
     key_added
         Where in ``obsm`` the embedding goes.
     copy
@@ -97,10 +106,19 @@ def embed(
 
     Returns
     -------
-    None, or the copy. Written: ``adata.obsm["X_genejepa"]``, (n_obs, 64) float32, and ``adata.uns["genejepa"]``.
+    None, or the copy. Written: ``adata.obsm["X_genejepa"]``, (n_obs, 64) float32, ``adata.uns["genejepa"]``, and if
+    some cells have no counts over the genes of the model, ``adata.obs["genejepa_empty"]``.
     """
     if not isinstance(model, GeneJEPA):
         model = GeneJEPA.load(model)
     adata = adata.copy() if copy else adata
-    model.embed(adata, layer=layer, key_added=key_added)
+    model.embed(
+        adata,
+        layer=layer,
+        use_raw=use_raw,
+        key_added=key_added,
+        gene_mapping=gene_mapping,
+        duplicates=duplicates,
+        min_overlap=min_overlap,
+    )
     return adata if copy else None

@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass, replace
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from genejepa._constants import OBSM_KEY, UNS_KEY
+from genejepa._constants import EMPTY_KEY, MIN_CELLS, MIN_GENES, OBSM_KEY, UNS_KEY
+from genejepa._memory import memory_errors
 from genejepa._version import __version__
+from genejepa.bundle import damaged, is_bundle
 from genejepa.config import GeneJEPAConfig
 from genejepa.data.axes import principal_axes
 from genejepa.data.batches import BatchScaling
-from genejepa.data.counts import check_counts, panel_counts, read_counts, slot_name
+from genejepa.data.counts import check_counts, columns_to_genes, open_counts, panel_counts
 from genejepa.data.genes import gene_names, resolve_panel
-from genejepa.data.matching import match_genes
+from genejepa.data.inputs import as_anndata
 from genejepa.data.normalization import Normalizer, cell_depth
 from genejepa.data.setup import Registration, batch_codes, register, registration_of
 from genejepa.encode import encode_cells
-from genejepa.errors import DataError, ModelFileError, NotTrainedError, TrainingDivergedError
+from genejepa.errors import (
+    ConfigError,
+    DataError,
+    DataWarning,
+    GeneJEPAError,
+    NotFittedError,
+    OutOfMemoryError,
+    TrainingInterruptedWarning,
+)
 from genejepa.jepa import JEPA
 from genejepa.persistence import StoredModel, load_model, save_model
-from genejepa.train.runner import RunOptions, RunResult
+from genejepa.query import Matching, Query, Trained, genes_of, require_writable, slot_of, write_results
+from genejepa.train.record import TrainingRecord
+from genejepa.train.runner import Ending, RunOptions, cpu_threads
 from genejepa.train.runner import train as run_training
+from genejepa.train.state import TrainingState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,30 +48,17 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from genejepa._lightning import Callback, Logger
-    from genejepa.data.matching import GeneMatch
+    from genejepa.data.matching import GeneMapping, GeneReport
     from genejepa.data.panel import PanelCounts
+    from genejepa.train.runner import RunResult
 
 logger = logging.getLogger(__name__)
 
-_MIN_CELLS = 4
-_BATCHES = "batches."
-_BATCH_ARRAYS = ("centre", "gain", "frequency")
-
-
-@dataclass(frozen=True)
-class TrainingRecord:
-    """What a finished training leaves in the model file."""
-
-    n_cells: int
-    steps: int
-    seconds: float
-    precision: str
-    threads: int
-    interrupted: bool
-    effective_rank: float
-    history: dict[str, list[float | None]]
+_SMALLEST_BATCH = 2
+_EXIT_TERMINATED = 128 + 15
 
 
 class GeneJEPA:
@@ -73,6 +74,9 @@ class GeneJEPA:
         Column of ``adata.var`` (or boolean array) that marks the panel instead.
     gene_symbols
         Column of ``adata.var`` with the gene names to match by; None takes ``var_names``.
+    allow_fractional
+        Take any values that are finite and not negative, such as FPKM, where no counts exist. Likelihood and thinning
+        are made for counts; expect less.
     config
         All settings at once; see :class:`genejepa.config.GeneJEPAConfig`.
     **settings
@@ -81,7 +85,7 @@ class GeneJEPA:
     Raises
     ------
     genejepa.errors.DataError
-        If the slot does not hold raw counts, or there are fewer than four cells.
+        If the slot does not hold raw counts, or there are fewer than four cells with counts.
 
     Examples
     --------
@@ -97,49 +101,66 @@ class GeneJEPA:
 
     def __init__(
         self,
-        adata: AnnData,
+        adata: AnnData | str | Path,
         *,
         n_genes: int | None = 2000,
         mask_var: str | NDArray[np.bool_] | None = None,
         gene_symbols: str | None = None,
+        allow_fractional: bool = False,
         config: GeneJEPAConfig | None = None,
         **settings: object,
     ) -> None:
         self.config = (config or GeneJEPAConfig()).updated(**settings)
+        if n_genes is not None and (
+            isinstance(n_genes, bool) or not isinstance(n_genes, int | np.integer) or n_genes < 1
+        ):
+            raise ConfigError(f"`n_genes` is {n_genes!r}.", fix="give a whole number of at least 1, or None for all.")
+        adata = as_anndata(adata)
+        self.adata: AnnData | None = adata
         self.registration = registration_of(adata)
         self.gene_symbols = gene_symbols
-        counts = _checked_counts(adata, self.registration.layer)
-        if adata.n_obs < _MIN_CELLS:
-            raise DataError(
-                f"`adata` has {adata.n_obs} cells; training needs at least {_MIN_CELLS}.",
-                fix="train on more cells, then embed these with `genejepa.embed`.",
+        self.allow_fractional = allow_fractional
+        slot = self.registration.slot
+        counts = check_counts(open_counts(adata, slot), adata=adata, allow_fractional=allow_fractional)
+        matrix = counts.to_csr()
+        key = self.registration.batch_key
+        codes, batches = (None, []) if key is None else batch_codes(adata, key)
+        with cpu_threads(torch.get_num_threads()):  # numba, which scanpy uses, leaves another number behind
+            columns = resolve_panel(
+                matrix,
+                counts.var,
+                n_genes=n_genes,
+                mask_var=mask_var,
+                gene_symbols=gene_symbols,
+                batch=codes,
+                table=slot.table,
             )
-        columns = resolve_panel(
-            adata,
-            counts,
-            n_genes=n_genes,
-            mask_var=mask_var,
-            batch_key=self.registration.batch_key,
-            gene_symbols=gene_symbols,
-        )
-        self.adata: AnnData | None = adata
-        self.genes: list[str] = gene_names(adata, gene_symbols=gene_symbols)[columns].tolist()
-        self.normalizer: Normalizer
+        if len(columns) < MIN_GENES:
+            raise DataError(
+                f"`{slot.name}` has {len(columns)} gene to train on; genes are predicted from each other, so at least "
+                f"{MIN_GENES} are needed.",
+                fix="check the filters that were applied to the genes, `n_genes` and `mask_var`.",
+            )
+        names = gene_names(counts.var, gene_symbols=gene_symbols, table=slot.table)
+        self.genes: list[str] = names[columns].tolist()
+        panel = panel_counts(matrix, columns_to_genes(columns, matrix.shape[1]), len(columns))
+        self._counts: PanelCounts | None = replace(panel, batch=codes)
+        self._cells = _cells_with_counts(panel)
+        cells = self._counts.subset(self._cells)
+        self.normalizer: Normalizer = Normalizer.fit(cells, transform=self.config.model.transform)
+        if codes is not None:
+            scaling = BatchScaling.fit(cells, self.normalizer, tuple(batches))
+            self.normalizer = replace(self.normalizer, batches=scaling)
         self.jepa: JEPA | None = None
         self.record: TrainingRecord | None = None
-        self._counts: PanelCounts | None = panel_counts(counts, columns)
-        self.normalizer = Normalizer.fit(self._counts, transform=self.config.model.transform)
-        if self.registration.batch_key is not None:
-            codes, names = batch_codes(adata, self.registration.batch_key)
-            self._counts = replace(self._counts, batch=codes)
-            scaling = BatchScaling.fit(self._counts, self.normalizer, tuple(names))
-            self.normalizer = replace(self.normalizer, batches=scaling)
+        self._state: TrainingState | None = None
 
     @staticmethod
     def setup_anndata(
         adata: AnnData,
         *,
         layer: str | None = None,
+        use_raw: bool = False,
         batch_key: str | None = None,
         labels_key: str | None = None,
     ) -> None:
@@ -149,6 +170,8 @@ class GeneJEPA:
         ----------
         layer
             Layer with raw counts; None for ``X``.
+        use_raw
+            Take counts and genes from ``adata.raw``. Many pipelines keep log-normalised values there; they are refused.
         batch_key
             Column of ``obs`` with the batch, such as the technology or the donor, to correct for: genes are chosen
             for varying within batches, values are taken relative to the batch, the count read-out knows the batch,
@@ -161,7 +184,7 @@ class GeneJEPA:
         -----
         Writes ``adata.uns["genejepa"]["setup"]``.
         """
-        register(adata, layer=layer, batch_key=batch_key, labels_key=labels_key)
+        register(adata, layer=layer, use_raw=use_raw, batch_key=batch_key, labels_key=labels_key)
 
     @property
     def is_trained(self) -> bool:
@@ -189,7 +212,7 @@ class GeneJEPA:
         self,
         *,
         max_epochs: int | None = None,
-        batch_size: int | None = None,
+        batch_size: int | Literal["auto"] | None = None,
         learning_rate: float | None = None,
         seed: int | None = None,
         accelerator: str = "auto",
@@ -200,6 +223,10 @@ class GeneJEPA:
         early_stopping: bool = False,
         patience: int = 5,
         train_size: float = 0.9,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_minutes: float | None = 1.0,
+        checkpoint_steps: int | None = None,
+        resume: bool = False,
         callbacks: Sequence[Callback] = (),
         logger: Logger | bool = False,
         progress_bar: bool = True,
@@ -213,6 +240,7 @@ class GeneJEPA:
             Passes over the cells; None chooses about 400 steps.
         batch_size, learning_rate, seed
             Override the settings. Equal seed, precision and threads give equal weights, for any ``num_workers``.
+            ``batch_size="auto"`` halves the batch size, and begins again, as long as memory runs out.
         accelerator, devices, precision
             As in Lightning. ``precision="auto"`` takes bfloat16 where a quick timing favours it.
         threads
@@ -220,23 +248,41 @@ class GeneJEPA:
         early_stopping, patience, train_size
             Hold out ``1 - train_size`` of the cells, and stop when their weighted objectives have not improved for
             ``patience`` epochs. No labels are used, and a collapsed model does not score well.
+        checkpoint_dir
+            Directory for the latest checkpoint, written every ``checkpoint_minutes`` or ``checkpoint_steps``, whichever
+            comes first, and when the training ends or is stopped. A checkpoint that cannot be written is warned of.
+        resume
+            Go on with a training that was stopped, in this session or, through ``checkpoint_dir``, in another one. On
+            the same machine the result is, bit for bit, that of a training that was not stopped. Settings and data
+            have to be the same. Without anything to go on with, the training starts.
         callbacks, logger
             Callbacks of ``pytorch_lightning`` (not of ``lightning``), and its loggers.
         compile
             Compile the network with ``torch.compile``; pays off on GPUs and long trainings.
 
+        Raises
+        ------
+        genejepa.errors.TrainingDivergedError
+            If the loss or a gradient is not finite. The weights are those of 10 to 20 steps before, or of the start.
+        genejepa.errors.OutOfMemoryError
+            If memory runs out. The weights are those from before this training.
+        genejepa.errors.ConfigError
+            If ``resume`` finds a training under other settings or on other cells.
+
         Notes
         -----
-        Ctrl-C ends the training and leaves a usable model.
+        Ctrl-C ends the training after the present step and leaves a usable model. SIGTERM does so, too, writes the
+        checkpoint, and exits with code 143.
         """
         given: dict[str, Any] = {
             "max_epochs": max_epochs,
-            "batch_size": batch_size,
+            "batch_size": None if batch_size == "auto" else batch_size,
             "learning_rate": learning_rate,
             "seed": seed,
         }
-        train_config = replace(self.config.train, **{k: v for k, v in given.items() if v is not None})
-        self.config = replace(self.config, train=train_config)
+        previous = self.config
+        train_config = replace(previous.train, **{k: v for k, v in given.items() if v is not None})
+        self.config = replace(previous, train=train_config)
         options = RunOptions(
             accelerator=accelerator,
             devices=devices,
@@ -250,36 +296,83 @@ class GeneJEPA:
             callbacks=callbacks,
             logger=logger,
             compile=compile,
+            checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir).expanduser(),
+            checkpoint_minutes=checkpoint_minutes,
+            checkpoint_steps=checkpoint_steps,
         )
-        self._run(options)
+        try:
+            self._run(options, start=self._start(options) if resume else None, adapt=batch_size == "auto")
+        except ConfigError:  # nothing was done under these settings
+            self.config = previous
+            raise
 
-    def _run(self, options: RunOptions) -> None:
+    def _start(self, options: RunOptions) -> TrainingState | None:
+        """State to go on from: of this session or of the checkpoint, whichever has come further."""
+        states = [] if self._state is None else [self._state]
+        if options.checkpoint_dir is not None and is_bundle(options.checkpoint_dir):
+            states.append(TrainingState.load(options.checkpoint_dir))
+        return max(states, key=lambda state: state.step, default=None)
+
+    def _run(self, options: RunOptions, *, start: TrainingState | None, adapt: bool) -> None:
+        cells = self._training_cells()
+        if adapt and start is not None:
+            self._set_batch_size(int(start.plan["settings"]["train"]["batch_size"]))
+        if self.jepa is None:
+            self.jepa = self._started_network(cells)
+        elif start is None:
+            logger.info("training goes on from the present weights")
+        before = {name: tensor.clone() for name, tensor in self.jepa.state_dict().items()}
+        while True:
+            try:
+                result = run_training(
+                    self.jepa, cells, self.normalizer, config=self.config, options=options, start=start
+                )
+                break
+            except OutOfMemoryError:
+                self.jepa.load_state_dict(before)
+                batch_size = min(self.config.train.batch_size, cells.n_obs)
+                if not adapt or batch_size < 2 * _SMALLEST_BATCH:
+                    raise
+            start = None
+            logger.warning("memory has run out with batch_size=%d; training begins again with half", batch_size)
+            self._set_batch_size(batch_size // 2)
+        self._finish(result, options, n_cells=cells.n_obs)
+
+    def _training_cells(self) -> PanelCounts:
+        """Cells with counts; the others hold nothing to learn from."""
         if self._counts is None:
-            raise NotTrainedError(
+            raise NotFittedError(
                 "this model was loaded from a file and holds no training cells.",
                 fix="make a new `GeneJEPA(adata)` to train again.",
             )
+        return self._counts if len(self._cells) == self._counts.n_obs else self._counts.subset(self._cells)
+
+    def _set_batch_size(self, batch_size: int) -> None:
+        self.config = replace(self.config, train=replace(self.config.train, batch_size=batch_size))
+
+    def _started_network(self, cells: PanelCounts) -> JEPA:
+        """Network whose linear path and value tables begin at the principal axes of the cells."""
         seed = self.config.train.seed
-        if self.jepa is None:
-            self.jepa = self._new_network(seed)
-            n_components = max(self.config.model.dim, self.config.model.n_axes)
-            axes = principal_axes(self._counts, self.normalizer, n_components=n_components, seed=seed)
-            self.jepa.start_from_axes(axes, seed=seed)
-        else:
-            logger.info("training goes on from the present weights")
-        before = {name: tensor.clone() for name, tensor in self.jepa.state_dict().items()}
-        try:
-            result = run_training(
-                self.jepa,
-                self._counts,
-                self.normalizer,
-                config=self.config,
-                options=options,
-            )
-        except TrainingDivergedError:
-            self.jepa.load_state_dict(before)
-            raise
-        self.record = self._make_record(result, n_cells=self._counts.n_obs)
+        jepa = self._new_network(seed)
+        n_components = max(self.config.model.dim, self.config.model.n_axes)
+        with cpu_threads(1):  # sums over several threads round differently, and the caller's number may be any
+            axes = principal_axes(cells, self.normalizer, n_components=n_components, seed=seed)
+            jepa.start_from_axes(axes, seed=seed)
+        return jepa
+
+    def _finish(self, result: RunResult, options: RunOptions, *, n_cells: int) -> None:
+        """Keep what the training has left, also where it was stopped, and tell how it was."""
+        if result.state.step > 0:
+            self.record = TrainingRecord.of(result, n_cells=n_cells)
+        self._state = result.state if result.ending in (Ending.interrupted, Ending.terminated) else None
+        if options.checkpoint_dir is not None and result.ending not in (Ending.diverged, Ending.broken_off):
+            result.state.save(options.checkpoint_dir)
+        if result.error is not None:
+            raise result.error
+        if result.ending in (Ending.interrupted, Ending.broken_off):  # last: a warning may be an exception
+            _warn_of_interruption(result)
+        if result.ending is Ending.terminated:
+            raise SystemExit(_EXIT_TERMINATED)
 
     def _new_network(self, seed: int) -> JEPA:
         with torch.random.fork_rng(devices=[]):
@@ -289,107 +382,193 @@ class GeneJEPA:
             log_frequency = torch.from_numpy(np.log(frequency))
             return JEPA(len(self.genes), self.config.model, log_frequency).eval()
 
-    def _make_record(self, result: RunResult, *, n_cells: int) -> TrainingRecord:
-        names = list(dict.fromkeys(name for row in result.history for name in row))
-        history = {name: [row.get(name) for row in result.history] for name in names}
-        last_rank = result.history[-1].get("effective_rank", 0.0) if result.history else 0.0
-        return TrainingRecord(
-            n_cells=n_cells,
-            steps=result.steps,
-            seconds=result.seconds,
-            precision=result.precision,
-            threads=result.threads,
-            interrupted=result.interrupted,
-            effective_rank=last_rank,
-            history=history,
-        )
-
     def get_latent_representation(
         self,
-        adata: AnnData | None = None,
+        adata: AnnData | str | Path | None = None,
         *,
         layer: str | None = None,
-        indices: Sequence[int] | NDArray[np.integer] | None = None,
+        use_raw: bool = False,
+        indices: Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | None = None,
+        gene_mapping: GeneMapping = "names",
+        duplicates: Literal["error", "sum"] = "error",
+        min_overlap: float = 0.5,
     ) -> NDArray[np.float32]:
         """Cell vectors, (n_obs, embedding_dim), float32, always in 32-bit arithmetic.
 
-        A cell's vector does not depend, to the last bit, on which cells are embedded with it.
+        A cell's vector does not depend, to the last bit, on which cells are embedded with it, nor on the order of the
+        genes or on further genes. Cells of a backed AnnData are read block by block.
 
         Parameters
         ----------
         adata
             Cells to embed; None embeds the cells given to the constructor or to :meth:`load`. Genes are matched by
-            name: order and additional genes do not matter, and missing genes count as not measured, not as zero.
-            If the model was trained with a ``batch_key``, that column says which batch a cell is from; cells of a
-            batch that the training did not have, or without that column, are embedded as they are, with a warning.
-        layer
-            Layer with raw counts; None takes what is declared for ``adata``, else what the training used.
+            name, and missing genes count as not measured, not as zero. If the model was trained with a ``batch_key``,
+            that column says which batch a cell is from; cells of a batch that the training did not have, or without
+            that column, are embedded as they are, with a warning. Cells without counts over the genes of the model all
+            get one vector, with a warning.
+        layer, use_raw
+            Slot with raw counts; None and False take what is declared for ``adata``, else what the training used.
         indices
-            Positions of the cells wanted; None for all.
+            Positions of the cells wanted, or a mask; None for all.
+        gene_mapping
+            ``exact``: equal names. ``names``: further, Ensembl identifiers with and without version, identifiers and
+            symbols of human and mouse, names mangled by R or a spreadsheet; only where there is one answer.
+            ``orthologs``: further, names in another case, and human and mouse one-to-one orthologs.
+        duplicates
+            What to do with several columns of one gene: ``error``, or ``sum`` to add them up.
+        min_overlap
+            Smallest share that the genes found may have in the counts of the training.
 
         Raises
         ------
-        genejepa.errors.NotTrainedError
+        genejepa.errors.NotFittedError
             Before :meth:`train`.
         genejepa.errors.GeneMismatchError
-            If hardly any gene of the panel is present.
+            If too few genes of the panel are present.
+        genejepa.errors.DataError
+            If the values over the genes of the panel are not counts.
         """
         self._trained_record()
-        keep = None
+        matching = Matching(layer, use_raw, gene_mapping, duplicates, min_overlap)
         if adata is None and self._counts is not None:
-            counts = self._counts
-        else:
-            counts, match = self._matched_counts(self._given_or_loaded(adata), layer)
-            if match.n_matched < len(self.genes):
-                keep = match.columns >= 0
-        index = np.arange(counts.n_obs) if indices is None else np.asarray(indices)
+            return self._encode(self._counts, indices=indices)
+        query = Query(self._given_or_loaded(adata), self._trained(), matching)
+        vectors, _ = self._embed(query)
+        return vectors if indices is None else vectors[_positions(indices, query.n_obs)]
+
+    def _embed(self, query: Query) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Vectors of all cells, (n_obs, embedding_dim), and which cells have no counts, (n_obs,)."""
+        with memory_errors("embedding", fix="embed fewer cells at a time."):
+            vectors = np.empty((query.n_obs, self.embedding_dim), dtype=np.float32)
+        empty = np.zeros(query.n_obs, dtype=bool)
+        start = 0
+        for counts in query.blocks():
+            rows = slice(start, start + counts.n_obs)
+            vectors[rows] = self._encode(counts, keep=query.keep)
+            empty[rows] = cell_depth(counts) == 0
+            start = rows.stop
+        if empty.any():
+            warnings.warn(
+                f"{int(empty.sum())} of {query.n_obs} cells have no counts over the genes of the model; they all get "
+                f"the same vector (`embed` marks them in obs[{EMPTY_KEY!r}]).",
+                DataWarning,
+                stacklevel=3,
+            )
+        return vectors, empty
+
+    def _encode(
+        self,
+        counts: PanelCounts,
+        *,
+        keep: NDArray[np.bool_] | None = None,
+        indices: Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | None = None,
+    ) -> NDArray[np.float32]:
         assert self.jepa is not None
-        return encode_cells(self.jepa.encoder, counts, self.normalizer, index=index, keep=keep)
+        index = np.arange(counts.n_obs) if indices is None else _positions(indices, counts.n_obs)
+        with memory_errors("embedding", fix="embed fewer cells at a time."):
+            return encode_cells(self.jepa.encoder, counts, self.normalizer, index=index, keep=keep)
 
-    def gene_report(self, adata: AnnData) -> GeneMatch:
-        """Which genes of the panel ``adata`` has, by name."""
-        return match_genes(self.genes, gene_names(adata, gene_symbols=self._symbols_in(adata)).tolist())
+    def gene_report(
+        self,
+        adata: AnnData | str | Path,
+        *,
+        gene_mapping: GeneMapping = "names",
+        duplicates: Literal["error", "sum"] = "error",
+    ) -> GeneReport:
+        """Which genes of the panel ``adata`` has, how each was found, and what other mappings would find."""
+        matching = Matching(gene_mapping=gene_mapping, duplicates=duplicates)
+        adata = as_anndata(adata)
+        slot = slot_of(adata, self.registration, matching)
+        return genes_of(slot.var(adata), self._trained(), matching, slot=slot)
 
-    def embed(self, adata: AnnData, *, layer: str | None = None, key_added: str = OBSM_KEY) -> None:
-        """Write the cell vectors of ``adata`` to ``adata.obsm[key_added]``, and a record to ``adata.uns``."""
-        self.write_embedding(adata, self.get_latent_representation(adata, layer=layer), key_added=key_added)
+    def embed(
+        self,
+        adata: AnnData,
+        *,
+        layer: str | None = None,
+        use_raw: bool = False,
+        key_added: str = OBSM_KEY,
+        gene_mapping: GeneMapping = "names",
+        duplicates: Literal["error", "sum"] = "error",
+        min_overlap: float = 0.5,
+    ) -> None:
+        """Write the cell vectors of ``adata`` to ``adata.obsm[key_added]``, and a record to ``adata.uns["genejepa"]``.
 
-    def write_embedding(self, adata: AnnData, vectors: NDArray[np.float32], *, key_added: str = OBSM_KEY) -> None:
-        """Write vectors of this model, (n_obs, embedding_dim), where :meth:`embed` writes them."""
-        adata.obsm[key_added] = vectors
-        entry = dict(adata.uns.get(UNS_KEY, {}))
-        entry["version"] = __version__
-        entry["model_id"] = self.model_id
-        entry["n_genes"] = len(self.genes)
-        entry["key_added"] = key_added
-        adata.uns[UNS_KEY] = entry
+        Parameters and errors as in :meth:`get_latent_representation`. Cells without counts over the genes of the
+        model, if there are any, are marked in ``adata.obs["genejepa_empty"]``.
+        """
+        self._trained_record()
+        require_writable(adata)
+        query = Query(adata, self._trained(), Matching(layer, use_raw, gene_mapping, duplicates, min_overlap))
+        vectors, empty = self._embed(query)
+        self._write(adata, vectors, empty=empty, key_added=key_added, gene_overlap=query.report.mass)
+
+    def write_embedding(self, adata: AnnData, *, key_added: str = OBSM_KEY) -> None:
+        """Write the vectors of the training cells where :meth:`embed` writes those of other cells.
+
+        Raises
+        ------
+        genejepa.errors.DataError
+            If ``adata`` has another number of cells than the training.
+        """
+        self._trained_record()
+        require_writable(adata)
+        counts = self._counts
+        if counts is None or counts.n_obs != adata.n_obs:
+            raise DataError(
+                f"`adata` has {adata.n_obs} cells, and the training had {0 if counts is None else counts.n_obs}.",
+                fix="embed other cells with `model.embed(adata)`.",
+            )
+        self._write(adata, self._encode(counts), empty=cell_depth(counts) == 0, key_added=key_added, gene_overlap=1.0)
+
+    def _write(
+        self,
+        adata: AnnData,
+        vectors: NDArray[np.float32],
+        *,
+        empty: NDArray[np.bool_],
+        key_added: str,
+        gene_overlap: float,
+    ) -> None:
+        record = dict(adata.uns.get(UNS_KEY, {}))
+        own_keys = set(np.atleast_1d(record.get("keys_added", [])).tolist())  # an array, when read from a file
+        if key_added in adata.obsm and key_added not in own_keys:
+            warnings.warn(
+                f"`obsm[{key_added!r}]` was there, not written by genejepa, and is replaced.", DataWarning, stacklevel=3
+            )
+        record |= {
+            "version": __version__,
+            "model_id": self.model_id,
+            "n_genes": len(self.genes),
+            "gene_overlap": gene_overlap,
+            "keys_added": sorted(own_keys | {key_added}),
+        }
+        write_results(adata, vectors, empty=empty, key_added=key_added, record=record)
 
     def save(self, dir_path: str | Path, *, overwrite: bool = False) -> None:
         """Save the model, without the cells, as a directory of safetensors, JSON and CSV.
 
+        An earlier model there is replaced at once: a reader finds the old one or the new one.
+
         Raises
         ------
         FileExistsError
-            If the directory holds files and ``overwrite`` is False.
+            If the directory holds a model and ``overwrite`` is False, or files but no model.
+        genejepa.errors.OutOfDiskError
+            If the disk is full; an earlier model is as it was.
         """
         record = self._trained_record()
         assert self.jepa is not None
-        tensors = self.jepa.state_dict()
-        batches = self.normalizer.batches
-        if batches is not None:
-            tensors |= {_BATCHES + name: torch.from_numpy(getattr(batches, name)) for name in _BATCH_ARRAYS}
         config = {
             "version": __version__,
             "settings": self.config.to_dict(),
             "registration": asdict(self.registration),
             "gene_symbols": self.gene_symbols,
-            "median_depth": self.normalizer.median_depth,
-            "batches": None if batches is None else list(batches.names),
+            "allow_fractional": self.allow_fractional,
             "training": asdict(record),
         }
-        numbers = np.stack([self.normalizer.mean, self.normalizer.scale, self.normalizer.frequency], axis=1)
-        stored = StoredModel(config, tensors, self.genes, numbers)
-        save_model(Path(dir_path), stored, overwrite=overwrite)
+        stored = StoredModel(config, self.genes, self.normalizer, self.jepa.state_dict())
+        save_model(Path(dir_path).expanduser(), stored, overwrite=overwrite)
 
     @classmethod
     def load(cls, dir_path: str | Path, adata: AnnData | None = None) -> GeneJEPA:
@@ -403,51 +582,58 @@ class GeneJEPA:
         Raises
         ------
         genejepa.errors.ModelFileError
-            If the directory is not a complete model.
+            If the directory is not a complete model, or a byte of it was changed.
         """
-        path = Path(dir_path)
+        path = Path(dir_path).expanduser()
         stored = load_model(path)
         model = cls.__new__(cls)
         try:
             config = stored.config
             model.config = GeneJEPAConfig.from_dict(config["settings"])
-            model.registration = Registration(**config["registration"])
+            model.registration = Registration.from_dict(config["registration"])
             model.gene_symbols = config["gene_symbols"]
+            model.allow_fractional = config["allow_fractional"]
+            if not isinstance(model.gene_symbols, str | None) or not isinstance(model.allow_fractional, bool):
+                raise ValueError("`gene_symbols` or `allow_fractional` has another type than the one written")
             model.genes = stored.genes
-            mean, scale, frequency = np.ascontiguousarray(stored.gene_numbers.T)
-            tensors = dict(stored.tensors)
-            batches = None
-            if config["batches"] is not None:
-                arrays = {name: tensors.pop(_BATCHES + name).numpy() for name in _BATCH_ARRAYS}
-                batches = BatchScaling(names=tuple(config["batches"]), **arrays)
-            model.normalizer = Normalizer(
-                transform=model.config.model.transform,
-                median_depth=float(config["median_depth"]),
-                mean=mean,
-                scale=scale,
-                frequency=frequency,
-                batches=batches,
-            )
-            model.record = TrainingRecord(**config["training"])
-            model.jepa = model._new_network(seed=0)
-            model.jepa.load_state_dict(tensors)
+            model.normalizer = stored.normalizer
+            model.record = TrainingRecord.from_dict(config["training"])
+            model.jepa = model._network_of(stored.weights)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ModelFileError(
-                f"{path} does not fit together: {error}", fix="save the model again, or copy it again."
-            ) from error
+            reason = error.problem if isinstance(error, GeneJEPAError) else f"{type(error).__name__}: {error}"
+            raise damaged(path, f"its parts do not fit together ({reason})") from error
         model.adata = adata
         model._counts = None
+        model._state = None
         return model
 
+    def _network_of(self, weights: dict[str, Tensor]) -> JEPA:
+        """Network with given weights; their shapes are compared before memory is taken for it."""
+        layers = {name.split(".")[2] for name in weights if name.startswith("encoder.blocks.") and name.count(".") > 2}
+        if self.config.model.encoder != "mlp" and self.config.model.n_layers != len(layers):
+            raise ValueError(f"there are weights of {len(layers)} layers, expected {self.config.model.n_layers}")
+        with torch.device("meta"):
+            n_rows = 1 if self.normalizer.batches is None else len(self.normalizer.batches.frequency)
+            jepa = JEPA(len(self.genes), self.config.model, torch.empty(n_rows, len(self.genes)))
+        jepa.load_state_dict(weights, assign=True)
+        jepa = self._new_network(seed=0)
+        jepa.load_state_dict(weights)
+        return jepa
+
     def weights_sha256(self) -> str:
-        """SHA-256 over the names and bytes of all weights."""
+        """SHA-256 over the names and bytes of all weights and of the normalisation."""
         self._trained_record()
         assert self.jepa is not None
+        arrays = {name: tensor.numpy() for name, tensor in self.jepa.state_dict().items()} | self.normalizer.arrays()
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.jepa.state_dict().items()):
+        for name, array in sorted(arrays.items()):
             digest.update(name.encode())
-            digest.update(tensor.numpy().tobytes())
+            digest.update(array.tobytes())
         return digest.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies in memory: cells of a file cannot be copied along, and a copy does without."""
+        return self.__dict__ | {"adata": None if self.adata is None or self.adata.isbacked else self.adata}
 
     def __repr__(self) -> str:
         state = "not trained"
@@ -457,60 +643,61 @@ class GeneJEPA:
 
     def _trained_record(self) -> TrainingRecord:
         if self.record is None:
-            raise NotTrainedError("the model is not trained.", fix="call `model.train()` first.")
+            raise NotFittedError("the model is not trained.", fix="call `model.train()` first.")
         return self.record
 
-    def _given_or_loaded(self, adata: AnnData | None) -> AnnData:
+    def _trained(self) -> Trained:
+        return Trained(self.genes, self.gene_symbols, self.registration, self.allow_fractional, self.normalizer)
+
+    def _given_or_loaded(self, adata: AnnData | str | Path | None) -> AnnData:
         adata = self.adata if adata is None else adata
         if adata is None:
             raise DataError(
                 "no cells were given, and a loaded model holds none.",
                 fix="pass `adata` here or to `GeneJEPA.load(path, adata)`.",
             )
-        return adata
-
-    def _matched_counts(self, adata: AnnData, layer: str | None) -> tuple[PanelCounts, GeneMatch]:
-        """Counts of ``adata`` over the panel of the model, and which genes were found."""
-        if layer is None:
-            layer = registration_of(adata).layer
-        if layer is None and self.registration.layer in adata.layers:
-            layer = self.registration.layer
-        match = self.gene_report(adata)
-        panel = panel_counts(_checked_counts(adata, layer), match.columns)
-        panel = replace(panel, batch=self._known_batches(adata))
-        n_empty = int((cell_depth(panel) == 0).sum())
-        if n_empty:
-            logger.warning(
-                "%d of %d cells have no counts over the genes of the model; they all get the same vector",
-                n_empty,
-                panel.n_obs,
-            )
-        return panel, match
-
-    def _known_batches(self, adata: AnnData) -> NDArray[np.int64] | None:
-        """Batch of each cell, (n_obs,), -1 for one that the training did not have; None for a model without batches."""
-        batches = self.normalizer.batches
-        if batches is None:
-            return None
-        key = registration_of(adata).batch_key or self.registration.batch_key
-        if key not in adata.obs:
-            logger.warning("`obs` has no column %r: the cells are embedded without batch correction", key)
-            return None
-        codes = batches.codes(adata.obs[key].astype(str).to_numpy())
-        if n_unknown := int((codes < 0).sum()):
-            logger.warning(
-                "%d of %d cells are of a batch that the training did not have; they are embedded without correction",
-                n_unknown,
-                adata.n_obs,
-            )
-        return codes
-
-    def _symbols_in(self, adata: AnnData) -> str | None:
-        """The gene-name column of the training data, where ``adata`` has it too."""
-        return self.gene_symbols if self.gene_symbols in adata.var else None
+        return as_anndata(adata)
 
 
-def _checked_counts(adata: AnnData, layer: str | None) -> Any:
-    counts = read_counts(adata, layer=layer)
-    check_counts(counts, slot=slot_name(layer), adata=adata)
-    return counts
+def _positions(indices: Sequence[int] | NDArray[np.integer] | NDArray[np.bool_], n_obs: int) -> NDArray[np.int64]:
+    """Positions of cells, (n,), given as such, from the end if negative, or as a mask."""
+    given = np.asarray(indices) if len(indices) else np.empty(0, dtype=np.int64)
+    if given.dtype == np.bool_ and given.shape == (n_obs,):
+        return np.flatnonzero(given)
+    inside = given.dtype.kind in "iu" and given.ndim == 1 and (given >= -n_obs).all() and (given < n_obs).all()
+    if not inside:
+        raise ConfigError(
+            f"`indices` is {str(indices)[:60]}, expected positions of {n_obs} cells.",
+            fix=f"give whole numbers from 0 to {n_obs - 1}, or a mask with a value for every cell.",
+        )
+    return np.where(given < 0, given + n_obs, given).astype(np.int64)
+
+
+def _warn_of_interruption(result: RunResult) -> None:
+    can_resume = result.ending is Ending.interrupted
+    fix = "`train(resume=True)` goes on where it stopped." if can_resume else "call `train()` for a full training."
+    state = result.state
+    warnings.warn(
+        f"Training was interrupted at step {state.step} of {state.total_steps}; the model is usable.\nFix: {fix}",
+        TrainingInterruptedWarning,
+        stacklevel=5,
+    )
+
+
+def _cells_with_counts(counts: PanelCounts) -> NDArray[np.int64]:
+    """Positions of the cells to train on."""
+    cells = np.flatnonzero(cell_depth(counts) > 0)
+    n_empty = counts.n_obs - len(cells)
+    if len(cells) < MIN_CELLS:
+        empty = f", {n_empty} of them without counts" if n_empty else ""
+        raise DataError(
+            f"`adata` has {counts.n_obs} cells{empty}; training needs at least {MIN_CELLS}.",
+            fix="train on more cells, then embed these with `genejepa.embed`.",
+        )
+    if n_empty:
+        warnings.warn(
+            f"{n_empty} of {counts.n_obs} cells have no counts over the genes of the model; they are not trained on.",
+            DataWarning,
+            stacklevel=3,
+        )
+    return cells

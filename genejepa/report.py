@@ -12,9 +12,10 @@ import numpy as np
 from genejepa import pl
 from genejepa._constants import OBSM_KEY
 from genejepa._html import facts_html, figure_html, page_html, table_html
-from genejepa.data.counts import read_counts
+from genejepa.data.counts import open_counts
+from genejepa.data.slots import CountSlot
 from genejepa.errors import ConfigError
-from genejepa.persistence import write_atomically
+from genejepa.files import write_atomically
 
 if TYPE_CHECKING:
     import os
@@ -98,6 +99,7 @@ def build_report(
     probe_tables: Sequence[pd.DataFrame] = (),
     use_rep: str = OBSM_KEY,
     layer: str | None = None,
+    use_raw: bool = False,
     title: str = "Report of a genejepa model",
     notes: Sequence[str] = (),
     seed: int = 0,
@@ -121,8 +123,8 @@ def build_report(
         Tables returned by the probes of `genejepa.evaluate`.
     use_rep
         Key of ``obsm`` with the embedding, shape (n_cells, dim).
-    layer
-        Layer with the counts; ``X`` by default.
+    layer, use_raw
+        Slot with the counts; ``X`` by default.
     title
         Title of the page.
     notes
@@ -147,7 +149,9 @@ def build_report(
     from matplotlib.figure import Figure
 
     _checked_target(path)
-    figures = [_embedding_figure(adata, labels_key=labels_key, use_rep=use_rep, layer=layer, seed=seed)]
+    figures = [
+        _embedding_figure(adata, labels_key=labels_key, use_rep=use_rep, slot=CountSlot(layer, use_raw), seed=seed)
+    ]
     if history is not None:
         training = pl.training(history, figure=Figure(figsize=(10.0, 6.5), layout="constrained"))
         figures.append(("Training: loss, its terms, and signs of collapse.", training))
@@ -185,7 +189,7 @@ def _version(package: str) -> str | None:
 
 
 def _embedding_figure(
-    adata: AnnData, *, labels_key: str | None, use_rep: str, layer: str | None, seed: int
+    adata: AnnData, *, labels_key: str | None, use_rep: str, slot: CountSlot, seed: int
 ) -> tuple[str, Figure]:
     """Draw the embedding by label, else by the total of each cell, and describe it."""
     import anndata as ad
@@ -195,19 +199,21 @@ def _embedding_figure(
     caption = "UMAP of the embedding; distances between far groups carry no meaning."
     if labels_key is not None:
         caption += f" Colour: {labels_key}."
-    elif (totals := _log_totals(adata, layer=layer)) is not None:
-        caption += f" Colour: total of {layer or 'X'} per cell, log10."
+    elif (totals := _log_totals(adata, slot)) is not None:
+        caption += f" Colour: total of {slot.name} per cell, log10."
         labels_key = "Total per cell (log10)"
         adata = ad.AnnData(obs=adata.obs[[]].assign(**{labels_key: totals}), obsm=dict(adata.obsm))
     pl.embedding(adata, color=labels_key, use_rep=use_rep, seed=seed, ax=figure.subplots())
     return caption, figure
 
 
-def _log_totals(adata: AnnData, *, layer: str | None) -> NDArray[np.float64] | None:
+def _log_totals(adata: AnnData, slot: CountSlot) -> NDArray[np.float64] | None:
     """Return log10 totals per cell, shape (n_cells,); none if there is no matrix of totals above zero."""
-    if layer is None and (adata.isbacked or adata.X is None):
+    if slot == CountSlot() and (adata.isbacked or adata.X is None):
         return None
-    totals = np.asarray(read_counts(adata, layer=layer).sum(axis=1), dtype=np.float64).ravel()
+    blocks = open_counts(adata, slot).blocks()
+    sums = [np.asarray(block.sum(axis=1), dtype=np.float64).ravel() for _, block in blocks]
+    totals = np.concatenate([np.empty(0), *sums])
     if not (totals > 0).any():
         return None
     # Cells without any count have no logarithm, and are drawn as missing.

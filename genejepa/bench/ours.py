@@ -15,11 +15,13 @@ from genejepa.bench.contrastive import vicreg_loss
 from genejepa.bench.interface import Embed, FitOptions, Method
 from genejepa.config import GeneJEPAConfig, MaskConfig, ModelConfig
 from genejepa.data.axes import principal_axes
-from genejepa.data.counts import panel_counts, read_counts
+from genejepa.data.counts import open_counts, panel_counts
 from genejepa.data.loader import StepDataset
 from genejepa.data.matching import match_genes
 from genejepa.data.normalization import Normalizer
+from genejepa.data.slots import CountSlot
 from genejepa.encode import encode_cells
+from genejepa.errors import DataWarning
 from genejepa.jepa import JEPA
 from genejepa.model import GeneJEPA
 from genejepa.nn.ema import ema_decay, update_average
@@ -50,9 +52,8 @@ def arm(name: str, **settings: Any) -> Method:
 
         def embed(query: AnnData) -> NDArray[np.float32]:
             with cpu_threads(options.threads), warnings.catch_warnings():
-                # Genes are hidden on purpose.
-                warnings.filterwarnings("ignore", message="only .* genes of the model", category=UserWarning)
-                return model.get_latent_representation(_bare(query))
+                warnings.simplefilter("ignore", DataWarning)  # genes and molecules are hidden on purpose
+                return model.get_latent_representation(_bare(query), gene_mapping="exact", min_overlap=0.0)
 
         return embed
 
@@ -160,8 +161,9 @@ def _bare(cells: AnnData) -> AnnData:
 
 def _matched_counts(cells: AnnData, genes: Sequence[str]) -> tuple[PanelCounts, NDArray[np.bool_]]:
     """Counts of cells over named genes, and which of these genes the cells have, (n_genes,)."""
-    columns = match_genes(genes, cells.var_names.tolist(), min_fraction=0.0).columns
-    return panel_counts(read_counts(cells), columns), columns >= 0
+    match = match_genes(genes, cells.var_names.tolist(), mapping="exact")
+    matrix = open_counts(cells, CountSlot()).to_csr()
+    return panel_counts(matrix, match.gene_of_column, len(genes)), match.found
 
 
 def _prepared(cells: AnnData, config: GeneJEPAConfig) -> tuple[PanelCounts, Normalizer]:

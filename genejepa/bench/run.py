@@ -19,11 +19,11 @@ from threadpoolctl import threadpool_limits
 
 from genejepa.bench.interface import FitOptions
 from genejepa.bench.views import FULL, stress_views
-from genejepa.data.counts import check_counts, panel_counts, read_counts, slot_name
+from genejepa.data.counts import check_counts, columns_to_genes, open_counts, panel_counts
 from genejepa.data.genes import gene_names, resolve_panel
-from genejepa.data.setup import registration_of
+from genejepa.data.setup import batch_codes, registration_of
 from genejepa.errors import ConfigError, DataError, MissingPackageError
-from genejepa.persistence import replacing
+from genejepa.files import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,14 +142,15 @@ def panel_of(
     import pandas as pd
     from scipy import sparse
 
-    layer = registration_of(adata).layer
-    counts = read_counts(adata, layer=layer)
-    check_counts(counts, slot=slot_name(layer), adata=adata)
-    voters, votes = (adata, counts) if held_out is None else (adata[~held_out], counts[~held_out])
-    columns = resolve_panel(voters, votes, n_genes=n_genes, batch_key=batch_key)
-    panel = panel_counts(counts, columns)
+    counts = check_counts(open_counts(adata, registration_of(adata).slot), adata=adata)
+    matrix, var = counts.to_csr(), counts.var
+    voters = np.ones(adata.n_obs, dtype=bool) if held_out is None else ~held_out
+    batch = None if batch_key is None else batch_codes(adata[voters], batch_key)[0]
+    votes = matrix if held_out is None else matrix[voters]
+    columns = resolve_panel(votes, var, n_genes=n_genes, batch=batch, table=counts.slot.table)
+    panel = panel_counts(matrix, columns_to_genes(columns, matrix.shape[1]), len(columns))
     X = sparse.csr_matrix((panel.data, panel.indices, panel.indptr), shape=(panel.n_obs, panel.n_genes))
-    return anndata.AnnData(X, obs=adata.obs.copy(), var=pd.DataFrame(index=gene_names(adata)[columns]))
+    return anndata.AnnData(X, obs=adata.obs.copy(), var=pd.DataFrame(index=gene_names(var)[columns]))
 
 
 def fit_and_embed(
