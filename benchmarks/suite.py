@@ -218,7 +218,7 @@ def group_probe(Z: NDArray[np.float32], obs: pd.DataFrame, labels_key: str, grou
 
 def write(table: pd.DataFrame, path: Path) -> None:
     """Write a table as a whole or not at all."""
-    from genejepa.persistence import replacing
+    from genejepa.files import replacing
 
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.5f")

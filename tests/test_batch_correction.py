@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,12 @@ import torch
 from scipy import sparse
 from scipy.spatial.distance import cdist
 
+from genejepa._constants import MODEL_FORMAT_VERSION
+from genejepa.bundle import read_bundle, write_bundle
 from genejepa.encode import encode_cells
-from genejepa.errors import ModelFileError
+from genejepa.errors import DataWarning, ModelFileError
 from genejepa.model import GeneJEPA
+from genejepa.query import Matching, Query
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +86,7 @@ def neighbour_accuracy(vectors: NDArray[np.float32], labels: Any, n_neighbours: 
 def uncorrected(model: GeneJEPA, adata: anndata.AnnData) -> NDArray[np.float32]:
     """Vectors by the same weights from values that are not adjusted."""
     assert model.jepa is not None
-    counts, _ = model._matched_counts(adata, None)
+    (counts,) = Query(adata, model._trained(), Matching()).blocks()
     normalizer = replace(model.normalizer, batches=None)
     return encode_cells(model.jepa.encoder, replace(counts, batch=None), normalizer, index=np.arange(adata.n_obs))
 
@@ -154,7 +158,7 @@ def test_batch_mates_and_order_change_no_bit(told: GeneJEPA, cells: anndata.AnnD
 @pytest.mark.parametrize("missing", [False, True], ids=["all genes", "missing genes"])
 def test_stored_counts_give_the_vectors_of_all_values(told: GeneJEPA, cells: anndata.AnnData, missing: bool) -> None:
     keep = ~np.isin(told.genes, told.genes[:5]) if missing else None
-    counts, _ = told._matched_counts(cells, None)
+    (counts,) = Query(cells, told._trained(), Matching()).blocks()
     counts = replace(counts, batch=np.where(np.arange(N_OBS) % 5 == 0, -1, counts.batch_of(np.arange(N_OBS))))
     assert set(counts.batch_of(np.arange(N_OBS))) == {-1, 0, 1}
     assert told.jepa is not None
@@ -166,28 +170,22 @@ def test_stored_counts_give_the_vectors_of_all_values(told: GeneJEPA, cells: ann
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
-def test_a_missing_column_is_told_and_nothing_corrected(
-    told: GeneJEPA, cells: anndata.AnnData, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_column_is_told_and_nothing_corrected(told: GeneJEPA, cells: anndata.AnnData) -> None:
     expected = uncorrected(told, cells)
-    caplog.clear()
     without = cells.copy()
     del without.obs["batch"]
-    found = told.get_latent_representation(without)
-    assert "no column 'batch': the cells are embedded without batch correction" in caplog.text
+    with pytest.warns(DataWarning, match="no column 'batch': the cells are embedded without batch correction"):
+        found = told.get_latent_representation(without)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(found - told.get_latent_representation()).max() > 0.1
 
 
-def test_unknown_batches_are_told_and_not_corrected(
-    told: GeneJEPA, cells: anndata.AnnData, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unknown_batches_are_told_and_not_corrected(told: GeneJEPA, cells: anndata.AnnData) -> None:
     expected = np.where(np.arange(N_OBS)[:, None] < 30, uncorrected(told, cells), told.get_latent_representation())
-    caplog.clear()
     other = cells.copy()
     other.obs["batch"] = np.where(np.arange(N_OBS) < 30, "new", other.obs["batch"].astype(str))
-    found = told.get_latent_representation(other)
-    assert "30 of 180 cells are of a batch that the training did not have" in caplog.text
+    with pytest.warns(DataWarning, match="30 of 180 cells are of a batch that the training did not have"):
+        found = told.get_latent_representation(other)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -225,15 +223,16 @@ def test_a_loaded_model_corrects_to_the_same_bits(told: GeneJEPA, cells: anndata
         assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_batches_that_do_not_fit_the_file_are_reported(told: GeneJEPA, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batches", [None, ["one"], ["one", "one"], 3, ["one", 2]])
+def test_batches_that_do_not_fit_the_file_are_reported(told: GeneJEPA, tmp_path: Path, batches: object) -> None:
     told.save(tmp_path / "model")
-    config = tmp_path / "model" / "config.json"
-    text = config.read_text()
-    for damaged in ('"batches": null', '"batches": ["one"]', '"batches": 3'):
-        start = text.index('"batches": [')
-        config.write_text(text[:start] + damaged + text[text.index("]", start) + 1 :])
-        with pytest.raises(ModelFileError, match=r"(?s)does not fit together.*Fix:"):
-            GeneJEPA.load(tmp_path / "model")
+    format_of: Any = {"kind": "model", "version": MODEL_FORMAT_VERSION}
+    files = read_bundle(tmp_path / "model", **format_of)
+    config = json.loads(files["config.json"])
+    config["normalization"]["batches"] = batches
+    write_bundle(tmp_path / "model", files | {"config.json": json.dumps(config).encode()}, overwrite=True, **format_of)
+    with pytest.raises(ModelFileError, match=r"(?s)cannot be read.*Fix:"):
+        GeneJEPA.load(tmp_path / "model")
 
 
 # Training

@@ -181,11 +181,33 @@ def test_settings_are_checked_before_files(tmp_path: Path) -> None:
 def test_files_are_checked(folder: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused("fit", tmp_path / "none.h5ad", "-o", tmp_path / "out")
     (tmp_path / "text.h5ad").write_text("no HDF5", encoding="utf-8")
-    assert "cannot be read as h5ad" in refused("info", tmp_path / "text.h5ad")
-    assert "is not a model directory" in refused("info", tmp_path)
+    assert "is not a readable h5ad" in refused("info", tmp_path / "text.h5ad")
+    assert "is not the directory of a model" in refused("info", tmp_path)
     cells, target = folder / "cells.h5ad", tmp_path / "new.h5ad"
-    assert "no config.json" in refused("embed", cells, "--model", tmp_path, "-o", target)
+    assert "no manifest.json" in refused("embed", cells, "--model", tmp_path, "-o", target)
     assert "does not exist" in refused("embed", cells, "--model", tmp_path, "-o", tmp_path / "no" / "new.h5ad")
+
+
+def test_check_tells_good_cells_from_bad_ones(folder: Path, tmp_path: Path, cells: AnnData) -> None:
+    model = folder / "out" / "model"
+    good = genejepa_command("check", folder / "cells.h5ad", "--labels-key", "cell_type", "--model", model)
+    assert good.exit_code == 0, good.output
+    assert "raw counts" in good.stdout
+    logged = AnnData(np.log1p(cells.X.toarray()), cells.obs, cells.var, layers={"counts": cells.X})
+    logged.write_h5ad(tmp_path / "log.h5ad")
+    bad = genejepa_command("check", tmp_path / "log.h5ad", "--batch-key", "donor")
+    assert bad.exit_code == 2, bad.output
+    assert "looks log-normalised" in bad.stdout  # and not only the first thing that is wrong
+    assert "obs['donor']" in bad.stdout
+    assert genejepa_command("check", tmp_path / "log.h5ad", "--layer", "counts").exit_code == 0
+
+
+def test_a_complete_fit_is_not_repeated_by_resume(folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+    result = genejepa_command("fit", folder / "cells.h5ad", "-o", folder / "out", "--resume", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "Nothing to resume" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")} == before
 
 
 def test_output_directory_is_not_mixed_up(folder: Path, tmp_path: Path) -> None:

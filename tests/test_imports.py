@@ -17,13 +17,30 @@ MAY_IMPORT = {
     "_lightning": set(),
     "config": {"errors"},
     "datasets": {"errors"},
-    "data": {"config", "errors", "_constants"},
+    "data": {"_html", "config", "errors", "_constants"},
     "nn": {"config", "errors"},
     "objectives": {"config", "errors"},
     "jepa": {"config", "nn", "data"},
     "encode": {"nn", "data"},
-    "persistence": {"errors", "_constants"},
-    "train": {"_lightning", "config", "data", "errors", "jepa", "nn", "objectives"},
+    "files": {"errors"},
+    "bundle": {"_version", "errors", "files"},
+    "persistence": {"_constants", "bundle", "data", "errors"},
+    "_memory": {"errors"},
+    "train": {
+        "_lightning",
+        "_memory",
+        "bundle",
+        "config",
+        "data",
+        "errors",
+        "files",
+        "jepa",
+        "nn",
+        "objectives",
+        "persistence",
+    },
+    "query": {"_constants", "data", "errors"},
+    "checks": {"_constants", "_html", "data", "errors", "model", "query"},
     "evaluate": {"_constants", "config", "data", "errors"},
     "bench": {
         "_constants",
@@ -34,6 +51,7 @@ MAY_IMPORT = {
         "encode",
         "errors",
         "evaluate",
+        "files",
         "jepa",
         "model",
         "nn",
@@ -43,23 +61,27 @@ MAY_IMPORT = {
     },
     "pl": {"_constants", "data", "errors", "evaluate"},
     "_html": set(),
-    "report": {"_constants", "_html", "data", "errors", "persistence", "pl"},
+    "report": {"_constants", "_html", "data", "errors", "files", "pl"},
     "model": {
         "_constants",
         "_lightning",
+        "_memory",
         "_version",
+        "bundle",
         "config",
         "data",
         "encode",
         "errors",
         "jepa",
         "persistence",
+        "query",
         "train",
     },
-    "api": {"_constants", "model"},
+    "api": {"_constants", "data", "model", "query"},
 }
 
-FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py", "cli.py"))
+SOURCES = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+FILES = sorted(path for path in SOURCES if path.name != "__main__.py" and path.parts[0] != "cli")
 
 
 def _part(path: Path) -> str:

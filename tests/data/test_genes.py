@@ -12,17 +12,16 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from genejepa.data.counts import read_counts
-from genejepa.data.genes import check_unique, gene_names, resolve_panel, select_panel
-from genejepa.data.matching import match_genes
-from genejepa.errors import ConfigError, DataError, GeneMismatchError, MissingKeyError
+from genejepa.data.counts import open_counts
+from genejepa.data.genes import check_unique, gene_names, is_gene, resolve_panel, select_panel
+from genejepa.data.slots import CountSlot
+from genejepa.errors import ConfigError, DataError, DataWarning, MissingKeyError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 N_OBS, N_VARS, N_MARKERS = 120, 60, 8
 REAL_DATA = Path(os.environ.get("GENEJEPA_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-ENSEMBL = [f"ENSG{i:011d}" for i in range(20)]
 
 
 def names_of(prefix: str, n: int) -> NDArray[np.object_]:
@@ -116,7 +115,7 @@ def test_panel_does_not_depend_on_which_batch_comes_first(counts: sparse.csr_mat
 
 
 def test_no_counts_at_all() -> None:
-    with pytest.raises(DataError, match="no gene has a count"):
+    with pytest.raises(DataError, match="none of them has a count"):
         select_panel(sparse.csr_matrix((4, 5)), names_of("gene", 5))
 
 
@@ -133,14 +132,14 @@ def test_panel_of_published_data_is_that_of_scanpy() -> None:
     import scanpy as sc
 
     adata = anndata.read_h5ad(file)[::4].copy()
-    panel = select_panel(read_counts(adata), gene_names(adata), n_genes=1000)
+    panel = select_panel(open_counts(adata, CountSlot()).to_csr(), gene_names(adata.var), n_genes=1000)
     table: Any = sc.experimental.pp.highly_variable_genes(adata, n_top_genes=1000, inplace=False)
     expected = np.flatnonzero(table["highly_variable"])
     assert len(np.intersect1d(panel, expected)) >= 998  # genes may tie at the boundary
 
 
 def test_resolve_panel_by_variability(adata: anndata.AnnData) -> None:
-    panel = resolve_panel(adata, read_counts(adata), n_genes=N_MARKERS, batch_key="donor")
+    panel = resolve_panel(adata.X, adata.var, n_genes=N_MARKERS, batch=adata.obs["donor"].to_numpy())
     assert panel.tolist() == list(range(N_MARKERS))
     assert panel.dtype == np.int64
 
@@ -151,7 +150,7 @@ def test_resolve_panel_by_mask(adata: anndata.AnnData, kind: str) -> None:
     mask[[40, 3, N_VARS - 1]] = True  # the last gene is empty
     adata.var["mine"] = pd.array(mask, dtype="boolean") if kind == "nullable column" else mask
     mask_var: Any = {"array": mask, "list": mask.tolist()}.get(kind, "mine")
-    panel = resolve_panel(adata, read_counts(adata), mask_var=mask_var)
+    panel = resolve_panel(adata.X, adata.var, mask_var=mask_var)
     assert panel.tolist() == [3, 40]
 
 
@@ -170,141 +169,150 @@ def test_resolve_panel_by_mask(adata: anndata.AnnData, kind: str) -> None:
 def test_bad_mask_columns(adata: anndata.AnnData, column: NDArray[Any], message: str) -> None:
     adata.var["mine"] = column
     with pytest.raises(DataError, match=message):
-        resolve_panel(adata, read_counts(adata), mask_var="mine")
+        resolve_panel(adata.X, adata.var, mask_var="mine")
 
 
 def test_fix_for_a_mask_with_missing_values_repairs(adata: anndata.AnnData) -> None:
     adata.var["mine"] = pd.array([True, None] * (N_VARS // 2), dtype="boolean")
     with pytest.raises(DataError) as caught:
-        resolve_panel(adata, read_counts(adata), mask_var="mine")
+        resolve_panel(adata.X, adata.var, mask_var="mine")
     exec(caught.value.fix, {"adata": adata})
-    assert len(resolve_panel(adata, read_counts(adata), mask_var="mine")) == N_VARS // 2 - 1
+    assert len(resolve_panel(adata.X, adata.var, mask_var="mine")) == N_VARS // 2 - 1
 
 
 def test_mask_of_another_length(adata: anndata.AnnData) -> None:
     with pytest.raises(DataError, match=r"`mask_var` has dtype bool and shape \(3,\)"):
-        resolve_panel(adata, read_counts(adata), mask_var=np.ones(3, dtype=bool))
+        resolve_panel(adata.X, adata.var, mask_var=np.ones(3, dtype=bool))
 
 
 def test_missing_mask_column(adata: anndata.AnnData) -> None:
     adata.var["highly_variable"] = True
-    with pytest.raises(MissingKeyError, match=r"`var\['hvg'\]` does not exist.*\['highly_variable'\]"):
-        resolve_panel(adata, read_counts(adata), mask_var="hvg")
+    with pytest.raises(MissingKeyError, match=r"`var\['hvg'\]` \(mask_var\) does not exist, found 'highly_variable'"):
+        resolve_panel(adata.X, adata.var, mask_var="hvg")
 
 
 def test_repeated_names_matter_only_in_the_panel(adata: anndata.AnnData) -> None:
+    """Rows 33 and 34: the fix keeps the first."""
     names = adata.var_names.to_numpy(dtype=object).copy()
     names[[20, 30]] = "TBCE"
     adata.var["symbol"] = names
     mask = np.arange(N_VARS) < 10
-    counts = read_counts(adata)
-    assert len(resolve_panel(adata, counts, mask_var=mask, gene_symbols="symbol")) == 10
+    assert len(resolve_panel(adata.X, adata.var, mask_var=mask, gene_symbols="symbol")) == 10
     mask[20] = True  # one of the two is enough: its name does not say which one is meant
     with pytest.raises(
         DataError, match=r"`var\['symbol'\]` has 1 duplicated .*'TBCE' x2; .* positions \[20, 30\]"
     ) as caught:
-        resolve_panel(adata, counts, mask_var=mask, gene_symbols="symbol")
+        resolve_panel(adata.X, adata.var, mask_var=mask, gene_symbols="symbol")
     scope = {"adata": adata}
-    exec(caught.value.fix.split(": ")[1], scope)
+    exec(caught.value.fix, scope)
     assert scope["adata"].n_vars == N_VARS - 1
+    assert scope["adata"].var["symbol"].is_unique
+
+
+def test_repeated_names_in_raw(adata: anndata.AnnData) -> None:
+    """Row 34: the fix makes an AnnData of raw."""
+    adata.var["symbol"] = "TBCE"
+    adata.raw = adata
+    with pytest.raises(DataError, match=r"`raw\.var\['symbol'\]` has 1 duplicated") as caught:
+        resolve_panel(adata.raw.X, adata.raw.var, gene_symbols="symbol", table="raw.var")
+    scope = {"adata": adata}
+    exec(caught.value.fix, scope)
+    assert scope["adata"].n_vars == 1
 
 
 def test_check_unique_accepts_distinct_names() -> None:
     check_unique(names_of("g", 4), np.arange(4))
 
 
+def test_antibodies_are_left_out(adata: anndata.AnnData) -> None:
+    adata.var["feature_types"] = np.where(np.arange(N_VARS) < 2, "Antibody Capture", "Gene Expression")
+    names = adata.var_names.to_numpy(dtype=object).copy()
+    names[0] = names[5]  # an antibody may have the name of a gene
+    adata.var["symbol"] = names
+    assert is_gene(adata.var).tolist() == [False] * 2 + [True] * (N_VARS - 2)
+    with pytest.warns(DataWarning, match=r"`var\['feature_types'\]` marks 2 columns as Antibody Capture: they are not"):
+        panel = resolve_panel(adata.X, adata.var, n_genes=N_MARKERS, gene_symbols="symbol")
+    assert len(panel) == N_MARKERS
+    assert set(range(2, N_MARKERS)) < set(panel.tolist())
+    mask = np.arange(N_VARS) < 2
+    assert resolve_panel(adata.X, adata.var, mask_var=mask).tolist() == [0, 1]  # asked for by name
+    adata.var["feature_types"] = "gene"
+    assert is_gene(adata.var).all()
+    assert is_gene(adata.var[[]]).all()
+
+
 @pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (["A", "B"], ["A", "B"]),
-        ([b"A", b"B"], ["A", "B"]),
-        ([7, 8], ["7", "8"]),
-        (pd.Categorical(["A", "A"]), ["A", "A"]),
-        (["é", "x" * 10_000], ["é", "x" * 10_000]),
-    ],
-    ids=["str", "bytes", "int", "categorical", "long"],
+    "values",
+    [["A", "B"], pd.Categorical(["A", "A"]), ["é", "x" * 10_000]],
+    ids=["str", "categorical", "long"],
 )
-def test_gene_names(values: Any, expected: list[str]) -> None:
+def test_gene_names(values: Any) -> None:
     adata = anndata.AnnData(np.ones((1, 2), dtype=np.float32))
     adata.var["symbol"] = values
-    names = gene_names(adata, gene_symbols="symbol")
-    assert names.tolist() == expected
+    names = gene_names(adata.var, gene_symbols="symbol")
+    assert names.tolist() == list(values)
     assert names.dtype == object
-    assert gene_names(adata).tolist() == ["0", "1"]
+    assert gene_names(adata.var).tolist() == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("values", "expected", "kind"),
+    [
+        pytest.param([7, 8], ["7", "8"], "int", id="row 36: integers"),
+        pytest.param([b"TP53", b"B"], ["TP53", "B"], "bytes", id="row 38: bytes"),
+    ],
+)
+@pytest.mark.parametrize("in_index", [True, False], ids=["index", "column"])
+def test_names_that_are_not_text(values: list[Any], expected: list[str], kind: str, in_index: bool) -> None:
+    var = pd.DataFrame({"symbol": values}, index=values if in_index else ["a", "b"])
+    slot = "var_names" if in_index else r"var\['symbol'\]"
+    with pytest.warns(DataWarning, match=rf"`{slot}` holds names of type {kind}, .* first as '{expected[0]}'"):
+        names = gene_names(var, gene_symbols=None if in_index else "symbol")
+    assert names.tolist() == expected
+    assert all(type(name) is str for name in names)
+
+
+@pytest.mark.parametrize("table", ["var", "raw.var"])
 @pytest.mark.parametrize("missing", [np.nan, None, pd.NA, "", "  "], ids=["nan", "none", "NA", "empty", "blank"])
-def test_missing_gene_names(missing: Any) -> None:
-    adata = anndata.AnnData(np.ones((1, 3), dtype=np.float32))
-    adata.var["symbol"] = np.array(["A", missing, missing], dtype=object)
-    with pytest.raises(DataError, match=r"`var\['symbol'\]` has 2 missing .* among 3, first at position 1"):
-        gene_names(adata, gene_symbols="symbol")
+def test_missing_gene_names(missing: Any, table: str) -> None:
+    """Row 37: the error lists positions, and the fix leaves the genes out."""
+    adata = anndata.AnnData(np.ones((1, 5), dtype=np.float32))
+    adata.var["symbol"] = np.array(["A", missing, missing, missing, missing], dtype=object)
+    adata.raw = adata
+    slot = table.replace(".", r"\.") + r"\['symbol'\]"
+    message = rf"`{slot}` has 4 missing .* among 5, at the positions \[1, 2, 3\] and more; expected a name"
+    with pytest.raises(DataError, match=message) as caught:
+        gene_names(adata.raw.var if table == "raw.var" else adata.var, gene_symbols="symbol", table=table)
+    scope = {"adata": adata}
+    exec(caught.value.fix, scope)
+    assert scope["adata"].var["symbol"].tolist() == ["A"]
+
+
+def test_missing_names_in_the_index() -> None:
+    """Row 37: the same for ``var_names``."""
+    var = pd.DataFrame(index=pd.Index(["A", None, "B"]))
+    with pytest.raises(DataError, match=r"`var_names` has 1 missing or blank names among 3, at the positions \[1\];"):
+        gene_names(var)
+
+
+def test_several_names_for_each_gene() -> None:
+    """Row 53: a MultiIndex, or two columns of one name."""
+    index = pd.MultiIndex.from_tuples([("A", "1"), ("B", "2")])
+    with pytest.raises(DataError, match=r"`var_names` has 2 names for each gene.*\nFix: .*get_level_values\(0\)"):
+        gene_names(pd.DataFrame(index=index))
+    var = pd.DataFrame([["a", "b"]], columns=["symbol", "symbol"], index=["x"])
+    with pytest.raises(DataError, match=r"`var\['symbol'\]` has 2 names for each gene.*\nFix: .*columns\.duplicated"):
+        gene_names(var, gene_symbols="symbol")
+
+
+def test_index_with_the_name_of_a_column() -> None:
+    """Row 53: harmless."""
+    var = pd.DataFrame({"symbol": ["A", "B"]}, index=pd.Index(["x", "y"], name="symbol"))
+    assert gene_names(var).tolist() == ["x", "y"]
+    assert gene_names(var, gene_symbols="symbol").tolist() == ["A", "B"]
 
 
 def test_missing_symbol_column() -> None:
-    adata = anndata.AnnData(np.ones((1, 3), dtype=np.float32))
-    adata.var["gene_ids"] = "A"
-    with pytest.raises(MissingKeyError, match=r"`var\['symbol'\]` does not exist; `var` has \['gene_ids'\]"):
-        gene_names(adata, gene_symbols="symbol")
-
-
-def test_match_by_name_in_any_order_with_extra_genes() -> None:
-    match = match_genes(["A", "B", "C"], ["x", "C", "y", "A"])
-    assert match.columns.tolist() == [3, -1, 1]
-    assert match.columns.dtype == np.int64
-    assert match.missing == ["B"]
-    assert match.n_matched == 2
-    assert match.fraction == pytest.approx(2 / 3)
-
-
-@pytest.mark.parametrize("versioned", ["panel", "query", "both"])
-def test_ensembl_versions_are_ignored(versioned: str) -> None:
-    panel = [f"{n}.3" if versioned in ("panel", "both") else n for n in ENSEMBL]
-    query = [f"{n}.12" if versioned in ("query", "both") else n for n in reversed(ENSEMBL)]
-    assert match_genes(panel, query).columns.tolist() == list(range(20))[::-1]
-
-
-def test_dots_in_symbols_are_not_versions() -> None:
-    with pytest.raises(GeneMismatchError, match=r"20 would match without the part after the last dot"):
-        match_genes([f"RP11-{i}.1" for i in range(20)], [f"RP11-{i}" for i in range(20)])
-
-
-def test_version_is_kept_where_it_tells_genes_apart() -> None:
-    query = [*[f"{n}.1" for n in ENSEMBL], f"{ENSEMBL[0]}.2"]
-    assert match_genes([f"{n}.1" for n in ENSEMBL], query).n_matched == 20
-    with pytest.raises(DataError, match=rf"'{ENSEMBL[0]}' x2; .* positions \[0, 20\]"):
-        match_genes(ENSEMBL, query)
-
-
-def test_repeated_query_names() -> None:
-    assert match_genes(["A", "B"], ["x", "x", "B", "A"]).n_matched == 2
-    with pytest.raises(DataError, match=r"has 1 duplicated names .*'A' x3; .* \[0, 1, 3\]"):
-        match_genes(["A", "B"], ["A", "A", "B", "A"])
-
-
-@pytest.mark.parametrize(
-    ("panel", "query", "message"),
-    [
-        (names_of("TP", 20), names_of("Tp", 20), r"Fix: 20 would match if case were ignored"),
-        (names_of("TP", 20), ENSEMBL, r"the model has gene symbols and the data Ensembl identifiers"),
-        (ENSEMBL, names_of("TP", 20), r"the model has Ensembl identifiers and the data gene symbols"),
-        (names_of("TP", 20), names_of("other", 20), r"check that the species"),
-        (names_of("TP", 20), [], r"check that the species"),
-        (
-            names_of("TP", 20),
-            ["TP7"],
-            r"has 1 of the 20 genes .* \['TP0', 'TP1', 'TP2'\], the data \['TP7'\]",
-        ),
-    ],
-    ids=["case", "ids-in-data", "ids-in-model", "nothing", "no-genes", "too-few"],
-)
-def test_mismatch_says_why(panel: Any, query: Any, message: str) -> None:
-    with pytest.raises(GeneMismatchError, match=message):
-        match_genes(panel, query)
-
-
-def test_low_overlap_warns() -> None:
-    names = names_of("g", 20)
-    with pytest.warns(UserWarning, match=r"only 8 of the 20 genes of the model \(40%\).*'g8', 'g9', 'g10'"):
-        match_genes(names, names[:8])
-    assert match_genes(names, names[:8], min_fraction=0.4).n_matched == 8
+    var = pd.DataFrame({"gene_ids": ["A"]})
+    with pytest.raises(MissingKeyError, match=r"`var\['gene_id'\]` .* found 'gene_ids'; did you mean 'gene_ids'\?"):
+        gene_names(var, gene_symbols="gene_id")

@@ -143,29 +143,35 @@ def test_sampler_counts_steps_over_epochs() -> None:
     assert list(sampler) == [8, 9, 10, 11]
 
 
-def epochs_of(dataset: StepDataset, *, num_workers: int, new_every_epoch: bool) -> list[Batch]:
-    loader = step_loader(dataset, num_workers=num_workers, new_every_epoch=new_every_epoch)
+@pytest.mark.parametrize(
+    ("first_step", "epochs"),
+    [(0, [[0, 1, 2, 3], [4, 5, 6, 7]]), (4, [[4, 5, 6, 7], [8, 9, 10, 11]]), (6, [[6, 7], [8, 9, 10, 11]])],
+    ids=["start", "end of an epoch", "within an epoch"],
+)
+def test_sampler_begins_where_a_training_was_stopped(first_step: int, epochs: list[list[int]]) -> None:
+    sampler = StepSampler(4, first_step=first_step)
+    for epoch, steps in enumerate(epochs):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == steps
+
+
+def epochs_of(dataset: StepDataset, *, num_workers: int) -> list[Batch]:
+    loader = step_loader(dataset, num_workers=num_workers)
     batches: list[Batch] = []
     for epoch in range(2):
-        if isinstance(loader.sampler, StepSampler):
-            loader.sampler.set_epoch(epoch)
+        assert isinstance(loader.sampler, StepSampler)
+        loader.sampler.set_epoch(epoch)
         batches.extend(loader)
     return batches
 
 
 def test_workers_change_nothing(counts: PanelCounts) -> None:
     dataset = make_dataset(counts, batch_size=12)
-    alone = epochs_of(dataset, num_workers=0, new_every_epoch=True)
-    shared = epochs_of(dataset, num_workers=2, new_every_epoch=True)
+    alone = epochs_of(dataset, num_workers=0)
+    shared = epochs_of(dataset, num_workers=2)
     assert [int(batch["step"]) for batch in alone] == [0, 1, 2, 3]
     assert len(shared) == len(alone)
     assert all(equal(first, second) for first, second in zip(shared, alone, strict=True))
-
-
-def test_validation_batches_are_the_same_in_every_epoch(counts: PanelCounts) -> None:
-    batches = epochs_of(make_dataset(counts, batch_size=12), num_workers=0, new_every_epoch=False)
-    assert [int(batch["step"]) for batch in batches] == [0, 1, 0, 1]
-    assert equal(batches[0], batches[2])
 
 
 # Normalisation
