@@ -1,6 +1,7 @@
 # make demo   fit the bundled blood cells and write a report
 # make test   run the tests
 # make lint, make types, make format   what else a change should pass
+# make reliability   the long reliability tests (up to an hour); writes docs/reliability.md
 # make benchmark   compare all methods (up to 90 minutes); DATA is the folder with the data sets
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # `-c constraints.txt` everywhere, so that no later install changes torch
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test lint types format benchmark
+.PHONY: demo test lint types format reliability benchmark
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-genejepa
@@ -32,6 +33,9 @@ types: $(VENV)/.stamp-dev
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reliability: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/reliability.py
 
 # goes on where it was interrupted; scores, figure and document are written even if some jobs fail
 benchmark: $(VENV)/.stamp-dev
