@@ -101,7 +101,9 @@ class _Findings:
         self.found: list[Finding] = []
 
     def add(self, level: Level, where: str, message: str, fix: str = "") -> None:
-        self.found.append(Finding(level, where, message, fix))
+        finding = Finding(level, where, message, fix)
+        if finding not in self.found:  # two checks may stumble over one thing
+            self.found.append(finding)
 
     def run(self, where: str, function: Callable[[], T]) -> T | None:
         """Result of a function; None if it raised an error of genejepa, which becomes a finding."""
@@ -175,7 +177,8 @@ def check(
     _check_cells(findings, adata, training=model is None)
     slot = registration.slot
     if trained is not None:
-        slot = slot_of(adata, trained.registration, Matching(registration.layer, registration.use_raw))
+        matching = Matching(registration.layer, registration.use_raw)
+        slot = findings.run("uns", lambda: slot_of(adata, trained.registration, matching)) or slot
     counts = findings.run(slot.name, lambda: open_counts(adata, slot))
     if counts is not None:
         used = _check_genes(findings, counts, gene_symbols, trained)

@@ -123,6 +123,8 @@ class GeneJEPA:
         slot = self.registration.slot
         counts = check_counts(open_counts(adata, slot), adata=adata, allow_fractional=allow_fractional)
         matrix = counts.to_csr()
+        if matrix.shape[0] < MIN_CELLS:
+            raise _too_few_cells(matrix.shape[0], n_empty=0)
         key = self.registration.batch_key
         codes, batches = (None, []) if key is None else batch_codes(adata, key)
         with cpu_threads(torch.get_num_threads()):  # numba, which scanpy uses, leaves another number behind
@@ -689,11 +691,7 @@ def _cells_with_counts(counts: PanelCounts) -> NDArray[np.int64]:
     cells = np.flatnonzero(cell_depth(counts) > 0)
     n_empty = counts.n_obs - len(cells)
     if len(cells) < MIN_CELLS:
-        empty = f", {n_empty} of them without counts" if n_empty else ""
-        raise DataError(
-            f"`adata` has {counts.n_obs} cells{empty}; training needs at least {MIN_CELLS}.",
-            fix="train on more cells, then embed these with `genejepa.embed`.",
-        )
+        raise _too_few_cells(counts.n_obs, n_empty=n_empty)
     if n_empty:
         warnings.warn(
             f"{n_empty} of {counts.n_obs} cells have no counts over the genes of the model; they are not trained on.",
@@ -701,3 +699,11 @@ def _cells_with_counts(counts: PanelCounts) -> NDArray[np.int64]:
             stacklevel=3,
         )
     return cells
+
+
+def _too_few_cells(n_obs: int, *, n_empty: int) -> DataError:
+    empty = f", {n_empty} of them without counts" if n_empty else ""
+    return DataError(
+        f"`adata` has {n_obs} cells{empty}; training needs at least {MIN_CELLS}.",
+        fix="train on more cells, then embed these with `genejepa.embed`.",
+    )

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from anndata import AnnData
 
 from genejepa import files
+from genejepa.cli.output import _PatientFile
 from genejepa.errors import CheckpointWarning, OutOfDiskError
 
 if TYPE_CHECKING:
@@ -204,12 +204,25 @@ class Fault:
             self._patch(patch, tempfile, "mkstemp")
         elif operation == "write":
             self._patch(patch, Path, "write_bytes", before=lambda file, _: leave_half(file))
-            self._patch(patch, AnnData, "write_h5ad", before=lambda _, file: leave_half(file))
+            self._patch_h5ad(patch)
         elif operation == "replace":
             self._patch(patch, os, "replace")
         else:
             is_asked = stat.S_ISDIR if operation == "directory fsync" else stat.S_ISREG
             self._patch(patch, os, "fsync", when=lambda file: is_asked(os.fstat(file).st_mode))
+
+    def _patch_h5ad(self, patch: pytest.MonkeyPatch) -> None:
+        write = _PatientFile.write
+
+        def failing(file: _PatientFile, data: Any) -> int:
+            if not self.has_fired:
+                self.has_fired = self.skip == 0
+                self.skip -= 1
+                if self.has_fired:  # what the operating system answers ends up here
+                    file.error = OSError(self.number, os.strerror(self.number))
+            return write(file, data)
+
+        patch.setattr(_PatientFile, "write", failing)
 
     def _patch(
         self,

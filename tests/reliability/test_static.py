@@ -103,6 +103,7 @@ def temporary_names(tree: ast.AST) -> set[str]:
                 if not isinstance(call, ast.Call) or not isinstance(target, ast.Name):
                     continue
                 of_ours = isinstance(call.func, ast.Attribute) and name_of(call.func.value) in names
+                of_ours |= any(name_of(argument) in names for argument in call.args)
                 if name_of(call.func) == "replacing" or of_ours:
                     names.add(target.id)
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
