@@ -10,9 +10,6 @@ OBSM_KEY: Final = "X_genejepa"
 UNS_KEY: Final = "genejepa"
 """``uns`` key of the record of set-up and embedding."""
 
-EMPTY_KEY: Final = "genejepa_empty"
-"""``obs`` column that marks cells without a count over the genes of the model; written only if there are any."""
-
 MODEL_FORMAT_VERSION: Final = 4
 
 MIN_CELLS: Final = 4

@@ -8,7 +8,7 @@ genejepa imports Lightning's names from here.
 from __future__ import annotations
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_module
@@ -17,7 +17,6 @@ __all__ = [
     "Callback",
     "LightningModule",
     "Logger",
-    "RichProgressBar",
     "SIGTERMException",
     "TQDMProgressBar",
     "Trainer",

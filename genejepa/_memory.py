@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-import torch
-
 from genejepa.errors import OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -24,8 +22,11 @@ def memory_errors(task: str, *, fix: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, OutOfMemoryError) or not _is_about_memory(error):
             raise
-        raise OutOfMemoryError(f"memory has run out while {task}: {str(error).splitlines()[:1]}.", fix=fix) from error
+        reason = next(iter(str(error).splitlines()), "").rstrip(".")
+        raise OutOfMemoryError(f"memory has run out while {task}{reason and f': {reason}'}.", fix=fix) from error
 
 
 def _is_about_memory(error: BaseException) -> bool:
+    import torch
+
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)

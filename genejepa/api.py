@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from genejepa._constants import OBSM_KEY
+from genejepa.data.inputs import as_anndata
+from genejepa.data.setup import Registration, require_writable
 from genejepa.model import GeneJEPA
-from genejepa.query import require_writable
+from genejepa.query import require_key
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,8 +44,8 @@ def fit(
     adata
         Raw counts, (n_obs, n_vars).
     layer, use_raw, batch_key, labels_key
-        As in :meth:`genejepa.GeneJEPA.setup_anndata`; a ``batch_key`` is corrected for. Leave them out for an AnnData
-        that is set up already, also for scvi-tools.
+        As in :meth:`genejepa.GeneJEPA.setup_anndata`, but for this training only; a ``batch_key`` is corrected for.
+        Leave all of them out for an AnnData that is set up already, also for scvi-tools.
     n_genes, mask_var, gene_symbols, **settings
         As in :class:`genejepa.GeneJEPA`.
     key_added
@@ -67,16 +69,23 @@ def fit(
     (300, 64)
     """
     require_writable(adata)
-    if use_raw or any(key is not None for key in (layer, batch_key, labels_key)):
-        GeneJEPA.setup_anndata(adata, layer=layer, use_raw=use_raw, batch_key=batch_key, labels_key=labels_key)
-    model = GeneJEPA(adata, n_genes=n_genes, mask_var=mask_var, gene_symbols=gene_symbols, **settings)
+    require_key(key_added)
+    given = Registration(layer, batch_key, labels_key, use_raw=use_raw)
+    model = GeneJEPA(
+        adata,
+        n_genes=n_genes,
+        mask_var=mask_var,
+        gene_symbols=gene_symbols,
+        registration=None if given == Registration() else given,
+        **settings,
+    )
     model.train(max_epochs=max_epochs, seed=seed, progress_bar=progress_bar, **(train_options or {}))
     model.write_embedding(adata, key_added=key_added)
     return model
 
 
 def embed(
-    adata: AnnData,
+    adata: AnnData | str | Path,
     model: GeneJEPA | str | Path,
     *,
     layer: str | None = None,
@@ -102,18 +111,18 @@ def embed(
     key_added
         Where in ``obsm`` the embedding goes.
     copy
-        Return a changed copy instead of writing into ``adata``.
+        Return a changed copy, in memory, instead of writing into ``adata``, which may then be a path.
 
     Returns
     -------
     None, or the copy. Written: ``adata.obsm["X_genejepa"]``, (n_obs, 64) float32, ``adata.uns["genejepa"]``, and if
-    some cells have no counts over the genes of the model, ``adata.obs["genejepa_empty"]``.
+    some cells have no counts over the genes of the model, ``adata.obs["genejepa_empty"]``, named after ``key_added``.
     """
     if not isinstance(model, GeneJEPA):
         model = GeneJEPA.load(model)
-    adata = adata.copy() if copy else adata
+    cells = _copied(as_anndata(adata)) if copy else adata
     model.embed(
-        adata,
+        cells,
         layer=layer,
         use_raw=use_raw,
         key_added=key_added,
@@ -121,4 +130,8 @@ def embed(
         duplicates=duplicates,
         min_overlap=min_overlap,
     )
-    return adata if copy else None
+    return cells if copy else None
+
+
+def _copied(adata: AnnData) -> AnnData:
+    return adata.to_memory() if adata.isbacked else adata.copy()

@@ -20,7 +20,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
 
 from genejepa._version import __version__
-from genejepa.errors import ModelFileError, ModelVersionError
+from genejepa.errors import DataError, ModelFileError, ModelVersionError, OutOfMemoryError
 from genejepa.files import disk_errors, write_atomically
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MANIFEST: Final = "manifest.json"
+MORE_MEMORY: Final = "use a computer with more memory, or end other programs."
 _FORMAT: Final = "genejepa"
 _LOCK: Final = ".lock"
 _LOCK_SECONDS: Final = 60.0
@@ -63,6 +64,8 @@ def write_bundle(
     FileExistsError
         If the directory holds a bundle and ``overwrite`` is False, or files but no bundle. Files beside a bundle are
         left alone.
+    DataError
+        If a file is so large that it would be refused when it is read.
     OSError
         If a file cannot be written; an earlier bundle is as it was.
     """
@@ -71,11 +74,14 @@ def write_bundle(
         directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
         require_own(directory, kind=kind, overwrite=overwrite)  # another writer may have been faster
-        _remove_others(directory, keep=_stored_names(directory))  # room, should a writer have been killed
+        _remove_others(directory, keep=_stored_names(_present(directory)))  # room, should a writer have been killed
         entries = {}
         for name, data in files.items():
-            if len(data) > _LARGEST.get(PurePath(name).suffix, len(data)):
-                raise ValueError(f"{name} has {len(data):,} bytes, which would be refused when it is read")
+            if len(data) > (largest := _LARGEST.get(PurePath(name).suffix, len(data))):
+                raise DataError(
+                    f"{directory / name} would have {len(data):,} bytes, expected at most {largest:,}.",
+                    fix="train on fewer genes or batches, or give them shorter names.",
+                )
             digest = hashlib.sha256(data).hexdigest()
             stem, _, suffix = name.partition(".")
             stored_as = f"{stem}-{digest[:16]}.{suffix}"
@@ -99,6 +105,8 @@ def read_bundle(directory: Path, *, kind: str, version: int) -> dict[str, bytes]
         If the format has another version.
     ModelFileError
         If the directory is missing, incomplete, damaged, or of another kind.
+    OutOfMemoryError
+        If it does not fit into memory.
     """
     for _ in range(_ATTEMPTS):
         manifest, written = _manifest_of(directory, kind=kind)
@@ -112,8 +120,11 @@ def read_bundle(directory: Path, *, kind: str, version: int) -> dict[str, bytes]
 
 
 def remove_bundle(directory: Path) -> None:
-    """Remove a bundle, manifest first so that no half of it is left, and the directory if nothing else is in it."""
-    if not is_bundle(directory):
+    """Remove a bundle, manifest first so that no half of it is left, and the directory if nothing else is in it.
+
+    A directory of somebody else is left alone.
+    """
+    if not is_bundle(directory) or _foreign_names(directory):
         return
     (directory / MANIFEST).unlink()
     _remove_others(directory, keep=set())
@@ -134,27 +145,41 @@ def require_own(directory: Path, *, kind: str, overwrite: bool) -> None:
         if directory.exists():
             raise FileExistsError(f"{directory} exists and is not a directory.\nFix: choose another name.")
         return
-    names = {path.name for path in directory.iterdir()} - {_LOCK}
-    foreign = sorted(n for n in names if n != MANIFEST and not _STORED.fullmatch(n) and not _TEMPORARY.fullmatch(n))
-    if foreign and MANIFEST not in names:
+    if foreign := _foreign_names(directory):
         raise FileExistsError(
             f"{directory} is not empty, and not of genejepa: it holds {foreign[0]!r}. Nothing was changed.\n"
             "Fix: choose an empty or a new directory."
         )
-    found = _kind_of(directory)
-    if found not in (None, kind):
+    found = (_present(directory) or {}).get("kind", kind)
+    if found != kind:
         raise FileExistsError(f"{directory} holds a {found}, not a {kind}.\nFix: choose another directory.")
-    if names and not overwrite:
+    if _names(directory) and not overwrite:
         raise FileExistsError(f"{directory} is not empty.\nFix: choose another name, or pass `overwrite=True`.")
 
 
-def _kind_of(directory: Path) -> str | None:
-    """Kind of the present bundle; None if there is none, or none that can be read."""
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()} - {_LOCK}
+
+
+def _foreign_names(directory: Path) -> list[str]:
+    """Files that show that a directory is somebody else's; none beside a manifest of ours, where others may be."""
+    present = _present(directory)
+    if present is not None and present.get("format") == _FORMAT:
+        return []
+    names = _names(directory)
+    ours = {name for name in names if _STORED.fullmatch(name) or _TEMPORARY.fullmatch(name)}
+    if present is None and ours:
+        ours |= {MANIFEST}  # damaged, or not written yet
+    return sorted(names - ours)
+
+
+def _present(directory: Path) -> dict[str, Any] | None:
+    """What the manifest says; None if there is none, or none that can be read."""
     try:
-        kind = parse_json(_read_file(directory / MANIFEST, size=None), directory / MANIFEST).get("kind")
+        body: dict[str, Any] = parse_json(_read_file(directory / MANIFEST, size=None), directory / MANIFEST)
     except ModelFileError:
         return None
-    return kind if isinstance(kind, str) else None
+    return body
 
 
 def is_bundle(directory: Path) -> bool:
@@ -213,12 +238,11 @@ def _locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _stored_names(directory: Path) -> set[str]:
-    """Files of the present bundle, as far as its manifest can be read."""
+def _stored_names(manifest: Mapping[str, Any] | None) -> set[str]:
+    """Files that a manifest lists, as far as it is one of ours."""
     try:
-        body = parse_json(_read_file(directory / MANIFEST, size=None), directory / MANIFEST)
-        return {str(entry["stored_as"]) for entry in body["files"].values()}
-    except (ModelFileError, AttributeError, KeyError, TypeError):
+        return {str(entry["stored_as"]) for entry in (manifest or {})["files"].values()}
+    except (AttributeError, KeyError, TypeError):
         return set()
 
 
@@ -253,8 +277,10 @@ def _manifest_of(directory: Path, *, kind: str) -> tuple[bytes, tuple[int, int]]
         raise ModelFileError(
             f"{directory} is not the directory of a {kind}: it has no {MANIFEST}.", fix=_where_from(kind)
         )
-    with contextlib.suppress(FileNotFoundError):  # then reading says so
+    try:
         status = (directory / MANIFEST).stat()  # before reading: a newer manifest must not look like the one read
+    except OSError as error:
+        raise damaged(directory / MANIFEST, str(error)) from error
     return _read_file(directory / MANIFEST, size=None), (status.st_ino, status.st_mtime_ns)
 
 
@@ -332,6 +358,8 @@ def _read_file(path: Path, *, size: int | None) -> bytes:
         raise damaged(path, "the file is missing") from error
     except (OSError, RuntimeError) as error:  # a directory, no permission, a loop of links
         raise damaged(path, str(error)) from error
+    except MemoryError as error:
+        raise OutOfMemoryError(f"memory has run out while reading {path}.", fix=MORE_MEMORY) from error
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

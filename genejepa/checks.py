@@ -12,22 +12,22 @@ import numpy as np
 from genejepa._constants import MIN_CELLS, MIN_GENES
 from genejepa._html import table_html
 from genejepa.data.counts import check_counts, count_slots, holds_counts, open_counts
-from genejepa.data.genes import gene_names, is_gene
+from genejepa.data.genes import check_unique, gene_names, is_gene, names_slot
 from genejepa.data.inputs import as_anndata
 from genejepa.data.setup import Registration, batch_codes, registration_of
 from genejepa.data.slots import obs_column
 from genejepa.errors import GeneJEPAError
-from genejepa.query import Matching, slot_of
+from genejepa.query import Matching, Trained, genes_of, require_genes, slot_of
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
 
     from genejepa.data.counts import CountMatrix
+    from genejepa.data.slots import CountSlot
     from genejepa.model import GeneJEPA
 
 __all__ = ["CheckReport", "Finding", "check"]
@@ -115,6 +115,8 @@ class _Findings:
                 self.add("error", where, error.problem, error.fix)
                 result = None
         for warning in caught:
+            if not issubclass(warning.category, UserWarning):  # nothing that users could do about it
+                continue
             self.add("warning", where, str(warning.message))
         return result
 
@@ -129,7 +131,9 @@ def check(
     use_raw: bool = False,
     batch_key: str | None = None,
     labels_key: str | None = None,
+    n_genes: int | None = 2000,
     gene_symbols: str | None = None,
+    allow_fractional: bool = False,
     model: GeneJEPA | str | os.PathLike[str] | None = None,
 ) -> CheckReport:
     """Look at everything that a training, or the embedding by a model, would look at.
@@ -142,8 +146,8 @@ def check(
         Cells, or the path of an h5ad file or a zarr directory.
     layer, use_raw, batch_key, labels_key
         As in :meth:`genejepa.GeneJEPA.setup_anndata`. Without any of them, what is recorded in ``data`` is used.
-    gene_symbols
-        Column of ``var`` with the gene names; None takes ``var_names``.
+    n_genes, gene_symbols, allow_fractional
+        As in :class:`genejepa.GeneJEPA`. Not looked at if there is a model, which has its own.
     model
         A trained model, or its directory: its genes are looked for, and only their values must be counts.
 
@@ -171,24 +175,21 @@ def check(
     adata = findings.run("data", lambda: as_anndata(data))
     if adata is None:
         return findings.report()
-    trained = None if model is None else findings.run("model", lambda: _loaded(model))
     if registration == Registration():
         registration = findings.run("uns", lambda: registration_of(adata)) or registration
     _check_cells(findings, adata, training=model is None)
-    slot = registration.slot
-    if trained is not None:
-        matching = Matching(registration.layer, registration.use_raw)
-        slot = findings.run("uns", lambda: slot_of(adata, trained.registration, matching)) or slot
-    counts = findings.run(slot.name, lambda: open_counts(adata, slot))
-    if counts is not None:
-        used = _check_genes(findings, counts, gene_symbols, trained)
-        checked = findings.run(slot.name, lambda: check_counts(counts, adata=adata, used=used))
-        if checked is not None:
-            _describe_counts(findings, checked, is_gene(counts.var) if used is None else used, training=model is None)
-    _list_slots(findings, adata)
     batch_key = registration.batch_key
-    if batch_key is None and trained is not None and trained.registration.batch_key in adata.obs:
-        batch_key = trained.registration.batch_key
+    if model is None:
+        _check_training(
+            findings, adata, registration.slot, gene_symbols, n_genes=n_genes, allow_fractional=allow_fractional
+        )
+    else:
+        trained = findings.run("model", lambda: _loaded(model)._trained())
+        if trained is not None:
+            _check_query(findings, adata, trained, Matching(layer, use_raw))
+            if batch_key is None and trained.registration.batch_key in adata.obs:
+                batch_key = trained.registration.batch_key
+    _list_slots(findings, adata)
     if batch_key is not None:
         _check_batches(findings, adata, batch_key, training=model is None)
     if registration.labels_key is not None:
@@ -215,51 +216,85 @@ def _check_cells(findings: _Findings, adata: AnnData, *, training: bool) -> None
         findings.add("warning", "obs_names", message, "adata.obs_names_make_unique()")
 
 
-def _check_genes(
-    findings: _Findings, counts: CountMatrix, gene_symbols: str | None, trained: GeneJEPA | None
-) -> NDArray[np.bool_] | None:
-    """Look at the names of the genes; return which columns a model uses, (n_vars,), or None for all."""
-    var, table = counts.var, counts.slot.table
-    if gene_symbols is None and trained is not None and trained.gene_symbols in var:
-        gene_symbols = trained.gene_symbols
-    where = f"{table}_names" if gene_symbols is None else f"{table}[{gene_symbols!r}]"
-    names = findings.run(where, lambda: gene_names(var, gene_symbols=gene_symbols, table=table))
-    if names is None:
-        return None
-    genes = is_gene(var)
+def _check_training(
+    findings: _Findings,
+    adata: AnnData,
+    slot: CountSlot,
+    gene_symbols: str | None,
+    *,
+    n_genes: int | None,
+    allow_fractional: bool,
+) -> None:
+    """Look at counts and genes as a training does."""
+    counts = findings.run(slot.name, lambda: open_counts(adata, slot))
+    if counts is None:
+        return
+    where = names_slot(gene_symbols, slot.table)
+    names = findings.run(where, lambda: gene_names(counts.var, gene_symbols=gene_symbols, table=slot.table))
+    checked = findings.run(slot.name, lambda: check_counts(counts, adata=adata, allow_fractional=allow_fractional))
+    genes = _genes(findings, counts)
+    chosen = None  # known if all are
+    if checked is not None:
+        expressed = np.flatnonzero(_describe_counts(findings, checked, genes, training=True))
+        chosen = expressed if n_genes is None or len(expressed) <= n_genes else None
+    if names is not None:
+        _check_unique(findings, np.where(genes, names, ""), chosen, where)
+
+
+def _check_query(findings: _Findings, adata: AnnData, trained: Trained, matching: Matching) -> None:
+    """Look at counts and genes as a model does that embeds them."""
+    slot = findings.run("uns", lambda: slot_of(adata, trained.registration, matching))
+    counts = None if slot is None else findings.run(slot.name, lambda: open_counts(adata, slot))
+    if slot is None or counts is None:
+        return
+    where = names_slot(trained.symbols_in(counts.var), slot.table)
+    _genes(findings, counts)
+    report = findings.run(where, lambda: genes_of(counts.var, trained, matching, slot=slot))
+    if report is None:
+        return
+    findings.add("info", where, str(report))
+    findings.run(where, lambda: require_genes(adata, report, trained, matching, slot=slot))
+    used = report.gene_of_column >= 0
+    allow_fractional = trained.allow_fractional
+    checked = findings.run(
+        slot.name, lambda: check_counts(counts, adata=adata, used=used, allow_fractional=allow_fractional)
+    )
+    if checked is not None:
+        _describe_counts(findings, checked, used, training=False)
+
+
+def _genes(findings: _Findings, counts: CountMatrix) -> NDArray[np.bool_]:
+    """Which columns are genes, (n_vars,)."""
+    genes = is_gene(counts.var)
     if not genes.all():
-        message = f"`{table}['feature_types']` says that {int((~genes).sum())} columns are no genes; they are not used"
-        findings.add("warning", where, message)
-    if trained is not None:
-        return _check_mapping(findings, np.where(genes, names, ""), trained, var, slot=where)
-    unique, sizes = np.unique(names[genes], return_counts=True)
+        where = f"{counts.slot.table}['feature_types']"
+        findings.add("warning", where, f"{int((~genes).sum())} columns are no genes; they are not used")
+    return genes
+
+
+def _check_unique(
+    findings: _Findings,
+    names: NDArray[np.object_],
+    chosen: NDArray[np.int64] | None,
+    where: str,
+) -> None:
+    """Look for repeated names, which the genes of a model must not have."""
+    if chosen is not None:
+        findings.run(where, lambda: check_unique(names, chosen, slot=where))
+        return
+    unique, sizes = np.unique(names[names != ""], return_counts=True)
     if (sizes > 1).any():
         repeated = ", ".join(f"{name!r} x{n}" for name, n in zip(unique, sizes, strict=True) if n > 1)
-        message = f"{int((sizes > 1).sum())} names are repeated, which the genes of a model must not be: {repeated}"
+        message = (
+            f"{int((sizes > 1).sum())} names are repeated; a training that chooses such a gene is refused: {repeated}"
+        )
         findings.add("warning", where, _shortened(message), "adata.var_names_make_unique()")
-    return None
 
 
-def _check_mapping(
-    findings: _Findings, names: NDArray[np.object_], trained: GeneJEPA, var: pd.DataFrame, *, slot: str
+def _describe_counts(
+    findings: _Findings, counts: CountMatrix, used: NDArray[np.bool_], *, training: bool
 ) -> NDArray[np.bool_]:
-    """Look for the genes of a model; return the columns that are some of them, (n_vars,)."""
-    from genejepa.data.matching import match_genes, require_overlap
-
-    frequency = trained.normalizer.frequency
-    report = findings.run(
-        slot, lambda: match_genes(trained.genes, names.tolist(), frequency=frequency, var=var, slot=slot)
-    )
-    if report is None:
-        return np.zeros(len(names), dtype=bool)
-    findings.add("info", slot, str(report))
-    findings.run(slot, lambda: require_overlap(report, slot=slot))
-    used: NDArray[np.bool_] = report.gene_of_column >= 0
-    return used
-
-
-def _describe_counts(findings: _Findings, counts: CountMatrix, used: NDArray[np.bool_], *, training: bool) -> None:
-    """Tell how many counts cells and genes have, in the columns that are used."""
+    """Tell how many counts cells and genes have, in the columns that are used; return which have some, (n_vars,)."""
     totals: list[NDArray[Any]] = [np.empty(0)]
     expressed = np.zeros(len(used), dtype=bool)
     for _, block in counts.blocks():
@@ -280,6 +315,7 @@ def _describe_counts(findings: _Findings, counts: CountMatrix, used: NDArray[np.
     if n_empty:
         fix = "scanpy.pp.filter_cells(adata, min_counts=1)"
         findings.add("warning", where, f"{n_empty} cells have no counts; they all get the same vector", fix)
+    return expressed
 
 
 def _list_slots(findings: _Findings, adata: AnnData) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from genejepa.errors import ConfigError
 
@@ -17,6 +20,8 @@ EncoderKind = Literal["gene_tokens", "mlp"]
 _C = TypeVar("_C")
 _LARGEST = 1e30
 """No setting is larger; infinity would be accepted by every comparison and break every sum."""
+_LARGEST_SEED = 2**63 - 1
+"""Model files hold whole numbers of 64 bits with a sign."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class MaskConfig:
     max_keep: float = 0.7
     """The first view sees a share of the blocks drawn from U(min_keep, max_keep); the second sees the rest."""
     thinned_fraction: float = 0.5
-    """Share of the cells of a step whose views are made from thinned counts; their targets are not thinned."""
+    """Share of the cells of a step whose views are made from thinned counts; their targets are not thinned. Values of
+    which most are fractional are not thinned."""
     min_depth: float = 0.2
     """A thinned cell keeps a share of its molecules drawn log-uniformly from min_depth to 1."""
 
@@ -97,9 +103,14 @@ class ObjectiveConfig:
     """Random directions along which diversity and alignment compare distributions."""
 
     def __post_init__(self) -> None:
-        for name in ("prediction", "diversity", "invariance", "depth", "information", "alignment"):
-            check_range(self, 0.0, _LARGEST, name)
+        weights = ("prediction", "diversity", "invariance", "depth", "information", "alignment")
+        check_range(self, 0.0, _LARGEST, *weights)
         check_at_least(self, 1, "n_slices")
+        if not any(getattr(self, name) for name in weights):
+            raise ConfigError(
+                f"{', '.join(f'`{name}`' for name in weights)} are all 0: nothing would be trained.",
+                fix="give one of them a weight above 0, such as information=10.",
+            )
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ class TrainConfig:
         if self.max_epochs is not None:
             check_at_least(self, 1, "max_epochs")
         check_range(self, 0.0, _LARGEST, "learning_rate", "weight_decay", "gradient_clip")
-        check_at_least(self, 0, "seed")
+        check_at_least(self, 0, "seed", high=_LARGEST_SEED)
         check_range(self, 0.0, 1.0, "warmup_fraction")
 
 
@@ -196,6 +207,36 @@ def _check_choices(config: object) -> None:
             check_one_of(config, allowed, name)
 
 
+def check_entries(cls: type, values: Mapping[str, Any]) -> None:
+    """Refuse values, as they come from JSON, that are not those of the fields of a dataclass.
+
+    Raises
+    ------
+    ValueError
+        If an entry is missing, unknown, of another type than its field, or a number that is not finite.
+    """
+    types = _type_hints(cls)
+    if values.keys() != types.keys():
+        raise ValueError(f"its entries are {sorted(values)}, expected {sorted(types)}")
+    for name, hint in types.items():
+        if not _is_of(values[name], hint):
+            raise ValueError(f"its entry {name!r} is {str(values[name])[:40]!r}")
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    """Whether a value from JSON has a type; a whole number is a floating-point one, too."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of(entry, inner[1]) for entry in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(entry, inner[0]) for entry in value)
+    if origin is UnionType:
+        return any(_is_of(value, one) for one in inner)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]  # a number
+    return hint is Any or type(value) is hint
+
+
 def check_one_of(config: object, allowed: Sequence[str], *names: str) -> None:
     """Refuse values of the named settings that are not among those allowed."""
     for name in names:
@@ -204,17 +245,29 @@ def check_one_of(config: object, allowed: Sequence[str], *names: str) -> None:
             raise ConfigError(f"`{name}` is {getattr(config, name)!r}.", fix=f"use one of {choice}.")
 
 
-def check_at_least(config: object, low: int, *names: str) -> None:
-    """Refuse values of the named settings that are no whole numbers of at least ``low``."""
+def check_at_least(config: object, low: int, *names: str, high: int | None = None) -> None:
+    """Refuse values of the named settings that are no whole numbers from ``low`` to ``high``."""
     for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a whole number of at least {low}.")
+        value = _python_number(config, name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or value < low or (high is not None and value > high):
+            most = "" if high is None else f" and at most {high}"
+            raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a whole number of at least {low}{most}.")
 
 
 def check_range(config: object, low: float, high: float, *names: str) -> None:
     """Refuse values of the named settings that are no numbers from ``low`` to ``high``."""
     for name in names:
-        value = getattr(config, name)
+        value = _python_number(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a number from {low} to {high}.")
+
+
+def _python_number(config: object, name: str) -> Any:
+    """Value of a setting; a number of numpy becomes one of Python, which JSON can hold, in the dataclass, too."""
+    value: Any = getattr(config, name)
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+    object.__setattr__(config, name, plain)  # it is frozen
+    return plain

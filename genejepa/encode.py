@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from genejepa._arithmetic import plain_arithmetic
 from genejepa.nn.attention import add_excess, read_dense
 from genejepa.nn.encoder import GeneTokenEncoder
 
@@ -25,6 +26,7 @@ _ROWS = 256
 cell's vector would depend on its batch mates."""
 
 
+@plain_arithmetic()
 @torch.no_grad()
 def encode_cells(
     encoder: CellEncoder,

@@ -5,6 +5,9 @@ Every message says what was found, where, what was expected, and ends with a lin
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 
 class GeneJEPAError(Exception):
     """Base of all errors raised on purpose by genejepa.
@@ -24,6 +27,10 @@ class GeneJEPAError(Exception):
 
     def __str__(self) -> str:
         return f"{self.problem}\nFix: {self.fix}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and other processes: the default calls the class without `fix`."""
+        return functools.partial(type(self), fix=self.fix), (self.problem,), vars(self)
 
 
 class DataError(GeneJEPAError, ValueError):
@@ -68,6 +75,11 @@ class OutOfMemoryError(GeneJEPAError, MemoryError):
 
 class OutOfDiskError(GeneJEPAError, OSError):
     """A disk is full, or a quota is used up."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As above, with the number, which an OSError does not keep among its variables."""
+        make, arguments, state = super().__reduce__()
+        return make, arguments, {**state, "errno": self.errno}
 
 
 class TrainingDivergedError(GeneJEPAError, RuntimeError):

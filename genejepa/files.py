@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 import time
@@ -51,27 +52,28 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader sees the old content or the new one, never a part of it: the temporary file lies in the same directory,
     is flushed to the disk and renamed; the directory entry is flushed too. The file gets the permissions that
     ``umask`` allows. After an error the old file is as it was and the temporary one is gone; what a killed process
-    left is removed by the next call for the same file.
+    left is removed by the next call for the same file. A link is itself replaced; see :func:`output_file`.
 
     Raises
     ------
+    FileExistsError
+        If a directory, a device, a pipe or a socket is at ``path``.
     OutOfDiskError
         If the disk is full or a quota used up.
     OSError
         If the directory cannot be written to, or the block has left no file.
     """
+    _require_regular(path)
     _remove_abandoned(path)
     with disk_errors(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path, os.getpid()), suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f"{_prefix(path, os.getpid())}{secrets.token_hex(4)}.tmp")
+        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))  # less what umask forbids
         try:
             reached("created")
             yield temporary
             reached("written")
             with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0600, unreadable to colleagues
             reached("flushed")
             os.replace(temporary, path)  # noqa: PTH105  # the one call that tests make fail
             reached("replaced")
@@ -94,6 +96,24 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         if temporary.read_bytes() != data:
             raise OSError(errno.EIO, "the file system has not kept what was written", str(path))
+
+
+def output_file(path: Path) -> Path:
+    """Where a file that the user has named is written: where a link leads, so that the link stays.
+
+    Raises
+    ------
+    FileExistsError
+        If a directory, a device, a pipe or a socket is there.
+    """
+    target = Path(os.path.realpath(path))  # unlike Path.resolve, it takes links that lead in a circle
+    _require_regular(target)
+    return target
+
+
+def _require_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} exists and is not a regular file.\nFix: give the name of a file.")
 
 
 def check_writable(directory: Path, *, n_bytes: int) -> None:
@@ -186,12 +206,6 @@ def _is_alive(pid: int) -> bool:
 
 def _megabytes(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:,.1f} MB"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _flush_directory(path: Path) -> None:

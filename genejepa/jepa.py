@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genejepa._arithmetic import plain_arithmetic
 from genejepa.nn.encoder import GeneTokenEncoder, make_encoder
 from genejepa.nn.likelihood import CountReadout
 from genejepa.nn.predictor import GeneSetPredictor
@@ -63,10 +64,11 @@ class JEPA(nn.Module):
     def __init__(self, n_genes: int, config: ModelConfig, log_frequency: Tensor) -> None:
         super().__init__()
         self.config = config
-        self.encoder = make_encoder(n_genes, config)
-        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(requires_grad=False).eval()
-        self.predictor = GeneSetPredictor(n_genes, dim=config.embedding_dim, hidden=config.predictor_dim)
-        self.readout = CountReadout(config.embedding_dim, log_frequency)
+        with plain_arithmetic():
+            self.encoder = make_encoder(n_genes, config)
+            self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(requires_grad=False).eval()
+            self.predictor = GeneSetPredictor(n_genes, dim=config.embedding_dim, hidden=config.predictor_dim)
+            self.readout = CountReadout(config.embedding_dim, log_frequency)
 
     def train(self, mode: bool = True) -> JEPA:  # noqa: FBT001, FBT002  # signature of nn.Module
         """Set the mode of all parts but the target encoder, which has no dropout in training either."""
@@ -74,6 +76,7 @@ class JEPA(nn.Module):
         self.target_encoder.eval()
         return self
 
+    @plain_arithmetic()
     @torch.no_grad()
     def start_from_axes(self, axes: PrincipalAxes, *, seed: int) -> None:
         """Start both encoders in the space of the principal axes of the data.

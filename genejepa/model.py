@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from genejepa._constants import EMPTY_KEY, MIN_CELLS, MIN_GENES, OBSM_KEY, UNS_KEY
+from genejepa._constants import MIN_CELLS, MIN_GENES, OBSM_KEY, UNS_KEY
 from genejepa._memory import memory_errors
 from genejepa._version import __version__
 from genejepa.bundle import damaged, is_bundle
@@ -23,9 +23,17 @@ from genejepa.data.counts import check_counts, columns_to_genes, open_counts, pa
 from genejepa.data.genes import gene_names, resolve_panel
 from genejepa.data.inputs import as_anndata
 from genejepa.data.normalization import Normalizer, cell_depth
-from genejepa.data.setup import Registration, batch_codes, register, registration_of
+from genejepa.data.setup import (
+    Registration,
+    batch_codes,
+    check_registration,
+    register,
+    registration_of,
+    require_writable,
+)
 from genejepa.encode import encode_cells
 from genejepa.errors import (
+    CheckpointWarning,
     ConfigError,
     DataError,
     DataWarning,
@@ -36,9 +44,10 @@ from genejepa.errors import (
 )
 from genejepa.jepa import JEPA
 from genejepa.persistence import StoredModel, load_model, save_model
-from genejepa.query import Matching, Query, Trained, genes_of, require_writable, slot_of, write_results
+from genejepa.query import Matching, Query, Trained, genes_of, require_key, slot_of, write_results
+from genejepa.train.devices import cpu_threads
 from genejepa.train.record import TrainingRecord
-from genejepa.train.runner import Ending, RunOptions, cpu_threads
+from genejepa.train.runner import Ending, RunOptions
 from genejepa.train.runner import train as run_training
 from genejepa.train.state import TrainingState
 
@@ -77,6 +86,8 @@ class GeneJEPA:
     allow_fractional
         Take any values that are finite and not negative, such as FPKM, where no counts exist. Likelihood and thinning
         are made for counts; expect less.
+    registration
+        Slots to read; None takes what :meth:`setup_anndata` has declared.
     config
         All settings at once; see :class:`genejepa.config.GeneJEPAConfig`.
     **settings
@@ -107,6 +118,7 @@ class GeneJEPA:
         mask_var: str | NDArray[np.bool_] | None = None,
         gene_symbols: str | None = None,
         allow_fractional: bool = False,
+        registration: Registration | None = None,
         config: GeneJEPAConfig | None = None,
         **settings: object,
     ) -> None:
@@ -117,7 +129,9 @@ class GeneJEPA:
             raise ConfigError(f"`n_genes` is {n_genes!r}.", fix="give a whole number of at least 1, or None for all.")
         adata = as_anndata(adata)
         self.adata: AnnData | None = adata
-        self.registration = registration_of(adata)
+        if registration is not None:
+            check_registration(adata, registration)
+        self.registration = registration or registration_of(adata)
         self.gene_symbols = gene_symbols
         self.allow_fractional = allow_fractional
         slot = self.registration.slot
@@ -127,6 +141,7 @@ class GeneJEPA:
             raise _too_few_cells(matrix.shape[0], n_empty=0)
         key = self.registration.batch_key
         codes, batches = (None, []) if key is None else batch_codes(adata, key)
+        names = gene_names(counts.var, gene_symbols=gene_symbols, table=slot.table)
         with cpu_threads(torch.get_num_threads()):  # numba, which scanpy uses, leaves another number behind
             columns = resolve_panel(
                 matrix,
@@ -134,6 +149,7 @@ class GeneJEPA:
                 n_genes=n_genes,
                 mask_var=mask_var,
                 gene_symbols=gene_symbols,
+                names=names,
                 batch=codes,
                 table=slot.table,
             )
@@ -143,10 +159,10 @@ class GeneJEPA:
                 f"{MIN_GENES} are needed.",
                 fix="check the filters that were applied to the genes, `n_genes` and `mask_var`.",
             )
-        names = gene_names(counts.var, gene_symbols=gene_symbols, table=slot.table)
         self.genes: list[str] = names[columns].tolist()
         panel = panel_counts(matrix, columns_to_genes(columns, matrix.shape[1]), len(columns))
         self._counts: PanelCounts | None = replace(panel, batch=codes)
+        self._cell_names = adata.obs_names
         self._cells = _cells_with_counts(panel)
         cells = self._counts.subset(self._cells)
         self.normalizer: Normalizer = Normalizer.fit(cells, transform=self.config.model.transform)
@@ -282,9 +298,7 @@ class GeneJEPA:
             "learning_rate": learning_rate,
             "seed": seed,
         }
-        previous = self.config
-        train_config = replace(previous.train, **{k: v for k, v in given.items() if v is not None})
-        self.config = replace(previous, train=train_config)
+        train_config = replace(self.config.train, **{k: v for k, v in given.items() if v is not None})
         options = RunOptions(
             accelerator=accelerator,
             devices=devices,
@@ -302,18 +316,20 @@ class GeneJEPA:
             checkpoint_minutes=checkpoint_minutes,
             checkpoint_steps=checkpoint_steps,
         )
+        before = (self.config, self.jepa, self.record)
+        self.config = replace(self.config, train=train_config)
         try:
             self._run(options, start=self._start(options) if resume else None, adapt=batch_size == "auto")
-        except ConfigError:  # nothing was done under these settings
-            self.config = previous
+        except BaseException:
+            if self.record is before[2]:  # nothing was trained under these settings
+                self.config, self.jepa = before[:2]
             raise
 
     def _start(self, options: RunOptions) -> TrainingState | None:
-        """State to go on from: of this session or of the checkpoint, whichever has come further."""
-        states = [] if self._state is None else [self._state]
-        if options.checkpoint_dir is not None and is_bundle(options.checkpoint_dir):
-            states.append(TrainingState.load(options.checkpoint_dir))
-        return max(states, key=lambda state: state.step, default=None)
+        """State to go on from: of the last training of this session, else of the checkpoint."""
+        if self._state is None and options.checkpoint_dir is not None and is_bundle(options.checkpoint_dir):
+            return TrainingState.load(options.checkpoint_dir)
+        return self._state
 
     def _run(self, options: RunOptions, *, start: TrainingState | None, adapt: bool) -> None:
         cells = self._training_cells()
@@ -366,9 +382,14 @@ class GeneJEPA:
         """Keep what the training has left, also where it was stopped, and tell how it was."""
         if result.state.step > 0:
             self.record = TrainingRecord.of(result, n_cells=n_cells)
-        self._state = result.state if result.ending in (Ending.interrupted, Ending.terminated) else None
-        if options.checkpoint_dir is not None and result.ending not in (Ending.diverged, Ending.broken_off):
-            result.state.save(options.checkpoint_dir)
+        can_resume = result.ending not in (Ending.diverged, Ending.broken_off)
+        self._state = result.state if can_resume else None
+        if options.checkpoint_dir is not None and can_resume:
+            try:
+                result.state.save(options.checkpoint_dir)
+            except OSError as error:  # the model is worth more than its last checkpoint
+                message = f"The last checkpoint could not be written; the model is usable.\n{error}"
+                warnings.warn(message, CheckpointWarning, stacklevel=4)
         if result.error is not None:
             raise result.error
         if result.ending in (Ending.interrupted, Ending.broken_off):  # last: a warning may be an exception
@@ -409,7 +430,7 @@ class GeneJEPA:
             that column, are embedded as they are, with a warning. Cells without counts over the genes of the model all
             get one vector, with a warning.
         layer, use_raw
-            Slot with raw counts; None and False take what is declared for ``adata``, else what the training used.
+            Slot of ``adata`` with raw counts; None and False take what is declared for it, else what the training used.
         indices
             Positions of the cells wanted, or a mask; None for all.
         gene_mapping
@@ -429,10 +450,17 @@ class GeneJEPA:
             If too few genes of the panel are present.
         genejepa.errors.DataError
             If the values over the genes of the panel are not counts.
+        genejepa.errors.ConfigError
+            If a slot is given without ``adata``, although the counts of the training are there.
         """
         self._trained_record()
         matching = Matching(layer, use_raw, gene_mapping, duplicates, min_overlap)
         if adata is None and self._counts is not None:
+            if layer is not None or use_raw:
+                raise ConfigError(
+                    "`layer` or `use_raw` is given without `adata`; the counts of the training are used.",
+                    fix="pass `adata`, too.",
+                )
             return self._encode(self._counts, indices=indices)
         query = Query(self._given_or_loaded(adata), self._trained(), matching)
         vectors, _ = self._embed(query)
@@ -452,7 +480,7 @@ class GeneJEPA:
         if empty.any():
             warnings.warn(
                 f"{int(empty.sum())} of {query.n_obs} cells have no counts over the genes of the model; they all get "
-                f"the same vector (`embed` marks them in obs[{EMPTY_KEY!r}]).",
+                "the same vector (`embed` marks them in `obs`).",
                 DataWarning,
                 stacklevel=3,
             )
@@ -468,17 +496,28 @@ class GeneJEPA:
         assert self.jepa is not None
         index = np.arange(counts.n_obs) if indices is None else _positions(indices, counts.n_obs)
         with memory_errors("embedding", fix="embed fewer cells at a time."):
-            return encode_cells(self.jepa.encoder, counts, self.normalizer, index=index, keep=keep)
+            vectors = encode_cells(self.jepa.encoder, counts, self.normalizer, index=index, keep=keep)
+        if n_bad := int((~np.isfinite(vectors)).any(axis=1).sum()):
+            raise DataError(
+                f"the vectors of {n_bad} of {len(vectors)} cells are not finite: counts or weights are far too large.",
+                fix="genejepa.check(adata, model=model), or load another copy of the model.",
+            )
+        return vectors
 
     def gene_report(
         self,
         adata: AnnData | str | Path,
         *,
+        layer: str | None = None,
+        use_raw: bool = False,
         gene_mapping: GeneMapping = "names",
         duplicates: Literal["error", "sum"] = "error",
     ) -> GeneReport:
-        """Which genes of the panel ``adata`` has, how each was found, and what other mappings would find."""
-        matching = Matching(gene_mapping=gene_mapping, duplicates=duplicates)
+        """Which genes of the panel ``adata`` has, how each was found, and what other mappings would find.
+
+        Parameters and errors as in :meth:`get_latent_representation`; no values are read.
+        """
+        matching = Matching(layer, use_raw, gene_mapping, duplicates)
         adata = as_anndata(adata)
         slot = slot_of(adata, self.registration, matching)
         return genes_of(slot.var(adata), self._trained(), matching, slot=slot)
@@ -497,10 +536,11 @@ class GeneJEPA:
         """Write the cell vectors of ``adata`` to ``adata.obsm[key_added]``, and a record to ``adata.uns["genejepa"]``.
 
         Parameters and errors as in :meth:`get_latent_representation`. Cells without counts over the genes of the
-        model, if there are any, are marked in ``adata.obs["genejepa_empty"]``.
+        model, if there are any, are marked in ``adata.obs["genejepa_empty"]``, named after ``key_added``.
         """
         self._trained_record()
         require_writable(adata)
+        require_key(key_added)
         query = Query(adata, self._trained(), Matching(layer, use_raw, gene_mapping, duplicates, min_overlap))
         vectors, empty = self._embed(query)
         self._write(adata, vectors, empty=empty, key_added=key_added, gene_overlap=query.report.mass)
@@ -511,15 +551,17 @@ class GeneJEPA:
         Raises
         ------
         genejepa.errors.DataError
-            If ``adata`` has another number of cells than the training.
+            If ``adata`` has other cells than the training, or in another order.
         """
         self._trained_record()
         require_writable(adata)
+        require_key(key_added)
         counts = self._counts
-        if counts is None or counts.n_obs != adata.n_obs:
+        if counts is None or not self._cell_names.equals(adata.obs_names):
             raise DataError(
-                f"`adata` has {adata.n_obs} cells, and the training had {0 if counts is None else counts.n_obs}.",
-                fix="embed other cells with `model.embed(adata)`.",
+                f"`obs_names` of {adata.n_obs} cells are not those of the training, which had "
+                f"{0 if counts is None else counts.n_obs} cells, in its order.",
+                fix="model.embed(adata)",
             )
         self._write(adata, self._encode(counts), empty=cell_depth(counts) == 0, key_added=key_added, gene_overlap=1.0)
 
@@ -663,7 +705,8 @@ class GeneJEPA:
 
 def _positions(indices: Sequence[int] | NDArray[np.integer] | NDArray[np.bool_], n_obs: int) -> NDArray[np.int64]:
     """Positions of cells, (n,), given as such, from the end if negative, or as a mask."""
-    given = np.asarray(indices) if len(indices) else np.empty(0, dtype=np.int64)
+    given = np.asarray(indices)
+    given = given if given.size else given.astype(np.int64)
     if given.dtype == np.bool_ and given.shape == (n_obs,):
         return np.flatnonzero(given)
     inside = given.dtype.kind in "iu" and given.ndim == 1 and (given >= -n_obs).all() and (given < n_obs).all()

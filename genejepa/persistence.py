@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genejepa._constants import MODEL_FORMAT_VERSION
-from genejepa.bundle import damaged, parse_json, read_bundle, write_bundle
+from genejepa.bundle import MORE_MEMORY, damaged, parse_json, read_bundle, write_bundle
 from genejepa.data.batches import BatchScaling
 from genejepa.data.normalization import Normalizer
+from genejepa.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,6 +63,8 @@ def save_model(directory: Path, stored: StoredModel, *, overwrite: bool = False)
     ------
     FileExistsError
         If the directory holds a model and ``overwrite`` is False, or files but no model.
+    DataError
+        If the name of a gene cannot be encoded.
     OSError
         If it cannot be written, such as :class:`genejepa.errors.OutOfDiskError`.
     """
@@ -86,6 +89,8 @@ def load_model(directory: Path) -> StoredModel:
     ------
     ModelFileError
         If it is not a complete model directory of this format, or a byte of it was changed.
+    OutOfMemoryError
+        If it does not fit into memory.
     """
     files = read_bundle(directory, kind=_KIND, version=MODEL_FORMAT_VERSION)
     for name in (_CONFIG, _GENES, _TENSORS):
@@ -141,15 +146,20 @@ def tensors_from_bytes(data: bytes, path: Path) -> dict[str, Tensor]:
     ------
     ModelFileError
         If the bytes are not safetensors, a type is not float32, or a number is not finite.
+    OutOfMemoryError
+        If the tensors do not fit into memory.
     """
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    from genejepa._memory import memory_errors
+
     size = int.from_bytes(data[:8], "little")
     parse_json(data[8 : 8 + size], path)  # safetensors takes the last of two entries of one name
     try:
-        tensors: dict[str, Tensor] = load(data)
+        with memory_errors("reading a model", fix=MORE_MEMORY):
+            tensors: dict[str, Tensor] = load(data)
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
                 raise ValueError(f"{name!r} has the type {tensor.dtype}, expected float32")
@@ -168,13 +178,21 @@ def _tensor(array: NDArray[np.float32]) -> Tensor:
 
 def _genes_to_csv(genes: Sequence[str], normalizer: Normalizer) -> bytes:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    # All names in quotes: a line may end within a name, and by default only some of such names are quoted.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(_GENE_COLUMNS)
-    # repr of a float32 as a Python float is exact, so that reading returns the same bits
+    # A Python float is written by its repr, which is exact for a float32, so that reading returns the same bits.
     columns = np.stack([normalizer.mean, normalizer.scale, normalizer.frequency], axis=1)
     for gene, numbers in zip(genes, columns.tolist(), strict=True):
-        writer.writerow([gene, *map(repr, numbers)])
-    return text.getvalue().encode()
+        writer.writerow([gene, *numbers])
+    try:
+        return text.getvalue().encode()
+    except UnicodeEncodeError as error:
+        names = [gene for gene in genes if gene.encode(errors="ignore").decode() != gene]
+        raise DataError(
+            f"{len(names)} of {len(genes)} gene names cannot be encoded as UTF-8; the first is {names[0]!r}.",
+            fix="rename these genes in the AnnData, and train again.",
+        ) from error
 
 
 def _genes_from_csv(data: bytes, path: Path) -> tuple[list[str], NDArray[np.float32]]:

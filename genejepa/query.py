@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from genejepa._constants import EMPTY_KEY, UNS_KEY
+from genejepa._constants import OBSM_KEY, UNS_KEY
 from genejepa.data.counts import check_counts, open_counts, panel_counts
-from genejepa.data.genes import gene_names, is_gene
-from genejepa.data.inputs import as_anndata
+from genejepa.data.genes import gene_names, is_gene, names_slot
 from genejepa.data.matching import match_genes, require_overlap
-from genejepa.data.setup import batch_codes, registration_of
+from genejepa.data.setup import batch_codes, declared_registration, registration_of
 from genejepa.data.slots import CountSlot
-from genejepa.errors import DataError, DataWarning
+from genejepa.errors import ConfigError, DataError, DataWarning, GeneMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,6 +79,10 @@ class Trained:
     allow_fractional: bool
     normalizer: Normalizer
 
+    def symbols_in(self, var: pd.DataFrame) -> str | None:
+        """Column of a table of genes that has the names of the training; None for its index."""
+        return self.gene_symbols if self.gene_symbols in var else None
+
 
 class Query:
     """Cells of an AnnData over the genes of a trained model; all values have been looked at.
@@ -96,7 +99,7 @@ class Query:
         slot = slot_of(adata, trained.registration, matching)
         counts = open_counts(adata, slot)
         self.report: GeneReport = genes_of(counts.var, trained, matching, slot=slot)
-        require_overlap(self.report, min_overlap=matching.min_overlap, slot=_names_slot(counts.var, trained, slot))
+        require_genes(adata, self.report, trained, matching, slot=slot)
         used = self.report.gene_of_column >= 0
         self._counts = check_counts(counts, adata=adata, used=used, allow_fractional=trained.allow_fractional)
         self.n_obs = counts.shape[0]
@@ -118,7 +121,7 @@ class Query:
 
 def genes_of(var: pd.DataFrame, trained: Trained, matching: Matching, *, slot: CountSlot) -> GeneReport:
     """Which genes of the model the table of genes of a slot has."""
-    symbols = trained.gene_symbols if trained.gene_symbols in var else None
+    symbols = trained.symbols_in(var)
     names = gene_names(var, gene_symbols=symbols, table=slot.table)
     return match_genes(
         trained.genes,
@@ -127,15 +130,28 @@ def genes_of(var: pd.DataFrame, trained: Trained, matching: Matching, *, slot: C
         mapping=matching.gene_mapping,
         duplicates=matching.duplicates,
         var=var,
-        slot=_names_slot(var, trained, slot),
+        slot=names_slot(symbols, slot.table),
     )
 
 
-def _names_slot(var: pd.DataFrame, trained: Trained, slot: CountSlot) -> str:
-    """Where the names of the genes are, for messages."""
-    if trained.gene_symbols in var:
-        return f"{slot.table}[{trained.gene_symbols!r}]"
-    return f"{slot.table}_names"
+def require_genes(adata: AnnData, report: GeneReport, trained: Trained, matching: Matching, *, slot: CountSlot) -> None:
+    """Refuse cells that have too few genes of the model, and say so if ``raw`` has more.
+
+    Errors and warnings as in :func:`genejepa.data.matching.require_overlap`.
+    """
+    where = names_slot(trained.symbols_in(slot.var(adata)), slot.table)
+    try:
+        require_overlap(report, min_overlap=matching.min_overlap, slot=where)
+    except GeneMismatchError as error:
+        raw = CountSlot(use_raw=True)
+        found = None
+        if slot != raw and adata.raw is not None:
+            with contextlib.suppress(DataError):
+                found = genes_of(adata.raw.var, trained, matching, slot=raw)
+        if found is None or found.mass <= report.mass:
+            raise
+        fix = f"pass use_raw=True if `raw.X` holds counts: `raw.var` has {found.n_matched} of the genes."
+        raise GeneMismatchError(error.problem, fix=fix) from None
 
 
 def slot_of(adata: AnnData, registration: Registration, matching: Matching) -> CountSlot:
@@ -145,35 +161,29 @@ def slot_of(adata: AnnData, registration: Registration, matching: Matching) -> C
     """
     if matching.layer is not None or matching.use_raw:
         return CountSlot(matching.layer, matching.use_raw)
-    declared = registration_of(adata).slot
-    if declared == CountSlot() and registration.layer in adata.layers:
-        return registration.slot
-    return declared
+    declared = declared_registration(adata)
+    if declared is not None:
+        return declared.slot
+    return registration.slot if registration.layer in adata.layers else CountSlot()
 
 
-def require_writable(adata: AnnData) -> None:
-    """Refuse, before anything is computed, an object that results cannot be written to.
+def require_key(key_added: str) -> None:
+    """Refuse, before anything is computed, a key that an h5ad file cannot hold.
 
     Raises
     ------
-    DataError
-        If it is no AnnData, or a view of a file, or ``uns["genejepa"]`` is not ours.
+    ConfigError
+        If it is no text, empty, or has a slash.
     """
-    if as_anndata(adata) is not adata:
-        raise DataError(
-            f"expected an AnnData to write to, found a {type(adata).__name__}.",
-            fix="adata = anndata.read_h5ad(path), or use `model.get_latent_representation(path)`.",
+    if not isinstance(key_added, str) or not key_added.strip(".") or "/" in key_added:
+        raise ConfigError(
+            f"`key_added` is {key_added!r}, expected a name without a slash.", fix=f"pass key_added={OBSM_KEY!r}."
         )
-    if adata.is_view and adata.isbacked:
-        raise DataError(
-            "`adata` is a view of a file, which cannot be written to.",
-            fix="adata = adata.to_memory(), or use `model.get_latent_representation(adata)`.",
-        )
-    if not isinstance(adata.uns.get(UNS_KEY, {}), Mapping):
-        raise DataError(
-            f"`uns[{UNS_KEY!r}]` holds a {type(adata.uns[UNS_KEY]).__name__} that genejepa did not write.",
-            fix=f"rename or delete it: del adata.uns[{UNS_KEY!r}]",
-        )
+
+
+def empty_key(key_added: str) -> str:
+    """Column of ``obs`` that marks cells without counts: ``genejepa_empty`` for ``X_genejepa``."""
+    return f"{key_added.removeprefix('X_')}_empty"
 
 
 def write_results(
@@ -191,9 +201,9 @@ def write_results(
         warnings.simplefilter("ignore", ImplicitModificationWarning)  # a view becomes a copy, as is wanted
         adata.obsm[key_added] = vectors
         if empty.any():
-            adata.obs[EMPTY_KEY] = empty
-        elif EMPTY_KEY in adata.obs:
-            del adata.obs[EMPTY_KEY]
+            adata.obs[empty_key(key_added)] = empty
+        elif empty_key(key_added) in adata.obs:
+            del adata.obs[empty_key(key_added)]
         adata.uns[UNS_KEY] = record
 
 

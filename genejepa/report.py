@@ -15,7 +15,7 @@ from genejepa._html import facts_html, figure_html, page_html, table_html
 from genejepa.data.counts import open_counts
 from genejepa.data.slots import CountSlot
 from genejepa.errors import ConfigError
-from genejepa.files import write_atomically
+from genejepa.files import output_file, write_atomically
 
 if TYPE_CHECKING:
     import os
@@ -46,7 +46,7 @@ def write_report(
     Parameters
     ----------
     path
-        File to write; an existing one is replaced at once, so that no reader sees half a page.
+        File to write; an existing one is replaced at once, so that no reader sees half a page, and a link is followed.
     title
         Title of the page.
     facts
@@ -67,6 +67,8 @@ def write_report(
     ------
     ConfigError
         If the folder of `path` does not exist, or `path` is a folder.
+    FileExistsError
+        If a device, a pipe or a socket is at `path`.
 
     Examples
     --------
@@ -85,7 +87,7 @@ def write_report(
         sections += ["<h2>Tables</h2>", *(table_html(caption, table) for caption, table in tables)]
     if notes:
         sections += ["<h2>Notes</h2>", *(f"<p>{escape(note)}</p>" for note in notes)]
-    write_atomically(target, page_html(title, sections).encode("utf-8"))
+    write_atomically(output_file(target), page_html(title, sections).encode("utf-8"))
     return target
 
 
@@ -145,6 +147,8 @@ def build_report(
         If the embedding, the history or a probe table cannot be drawn.
     ConfigError
         If the folder of `path` does not exist, or `path` is a folder.
+    FileExistsError
+        If a device, a pipe or a socket is at `path`.
     """
     from matplotlib.figure import Figure
 
@@ -259,4 +263,5 @@ def _checked_target(path: str | os.PathLike[str]) -> Path:
             f"`path` is {str(path)!r}, which is a folder, expected the name of an HTML file.",
             fix=f"Pass {str(target / 'report.html')!r}.",
         )
+    output_file(target)  # a device is refused before anything is drawn
     return target

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -7,8 +8,9 @@ import pandas as pd
 import pytest
 
 import genejepa
+from genejepa import checks
 from genejepa.checks import CheckReport, Finding
-from genejepa.errors import ConfigError
+from genejepa.errors import ConfigError, DataError, DataWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +65,7 @@ def test_everything_is_found_at_once(ruined: anndata.AnnData) -> None:
     errors, warned = messages(report, "error"), messages(report, "warning")
     assert "`X` holds 1 NaN" in errors
     assert "`obs['batch']` mixes values of the types int, str" in errors
-    assert "1 names are repeated, which the genes of a model must not be: 'TBCE' x2" in warned
+    assert "1 names are repeated; a training that chooses such a gene is refused: 'TBCE' x2" in warned
     assert "1 classes have one cell only" in warned
     assert "raw counts are in layers['counts'], of layers['counts'], X" in messages(report, "info")
     text = str(report)
@@ -187,6 +189,38 @@ def test_with_a_model(
     query.var_names = [f"other{i}" for i in range(80)]
     report = genejepa.check(query, model=model)
     assert "0 of the 40 genes" in messages(report, "error")
+
+
+def test_repeated_names_are_an_error_if_they_must_be_chosen(adata: anndata.AnnData) -> None:
+    """Row 33: as in the training."""
+    adata.var_names = ["TBCE", "TBCE", *adata.var_names[2:]]
+    for n_genes, is_refused in ((80, True), (None, True), (79, False)):
+        report = genejepa.check(adata, n_genes=n_genes)
+        assert report.ok != is_refused
+        assert "'TBCE'" in messages(report, "error" if is_refused else "warning")
+    with pytest.raises(DataError, match="TBCE"):
+        genejepa.GeneJEPA(adata, n_genes=80)
+
+
+def test_fractions_where_they_are_allowed(
+    adata: anndata.AnnData, tiny_settings: dict[str, Any], tiny_training: dict[str, Any]
+) -> None:
+    adata.X = adata.X.toarray() / 3
+    assert not genejepa.check(adata).ok
+    assert genejepa.check(adata, allow_fractional=True).ok
+    model = genejepa.GeneJEPA(adata, allow_fractional=True, **tiny_settings)
+    model.train(**tiny_training)
+    assert genejepa.check(adata, model=model).ok
+
+
+def test_warnings_of_other_packages_are_no_findings(adata: anndata.AnnData, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reading(*_: Any) -> anndata.AnnData:
+        warnings.warn("soon gone", FutureWarning, stacklevel=1)
+        warnings.warn("odd", DataWarning, stacklevel=1)
+        return adata
+
+    monkeypatch.setattr(checks, "as_anndata", reading)
+    assert messages(genejepa.check("cells.h5ad"), "warning") == "odd"
 
 
 def test_findings_are_plain_data() -> None:

@@ -15,10 +15,22 @@ from scipy import sparse
 
 import genejepa
 from genejepa._constants import MODEL_FORMAT_VERSION
+from genejepa._lightning import Callback
 from genejepa.bundle import MANIFEST, read_bundle, write_bundle
-from genejepa.errors import DataError, DataWarning, GeneMismatchError, ModelFileError, ModelVersionError, NotFittedError
+from genejepa.errors import (
+    CheckpointWarning,
+    ConfigError,
+    DataError,
+    DataWarning,
+    GeneMismatchError,
+    ModelFileError,
+    ModelVersionError,
+    NotFittedError,
+    OutOfDiskError,
+)
 from genejepa.model import GeneJEPA
 from genejepa.query import Matching, Query
+from genejepa.train.state import TrainingState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +39,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genejepa._lightning import LightningModule, Trainer
+
 FEW_GENES = "ignore:.*genes of the model:genejepa.errors.DataWarning"
+
+
+class Failing(Callback):
+    """Breaks a training before its first step."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise ZeroDivisionError
+
+
 FILES = ["config.json", "genes.csv", "tensors.safetensors"]
 
 
@@ -108,6 +131,56 @@ def test_equal_seeds_give_equal_weights(
         model.train(**{**tiny_training, **change})
     assert model.weights_sha256() == trained.weights_sha256()
     assert model.model_id == trained.model_id
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"precision": "bad"}, ConfigError),
+        ({"callbacks": [Failing()]}, ZeroDivisionError),
+        ({"checkpoint_dir": __file__, "resume": True}, OSError),
+    ],
+    ids=["setting", "callback", "directory"],
+)
+def test_a_training_that_fails_at_once_leaves_no_trace(
+    options: dict[str, Any],
+    error: type[Exception],
+    trained: GeneJEPA,
+    adata: anndata.AnnData,
+    tiny_settings: dict[str, Any],
+    tiny_training: dict[str, Any],
+) -> None:
+    model = GeneJEPA(adata, **tiny_settings)
+    before = model.config
+    with pytest.raises(error):
+        model.train(**tiny_training | {"seed": 5, "max_epochs": 7} | options)
+    assert model.config == before
+    assert not model.is_trained
+    model.train(**tiny_training)
+    assert model.weights_sha256() == trained.weights_sha256()
+
+
+def test_a_finished_training_is_not_resumed(trained: GeneJEPA, tiny_training: dict[str, Any]) -> None:
+    before = trained.weights_sha256()
+    trained.train(**tiny_training, resume=True)
+    assert trained.weights_sha256() == before
+
+
+def test_a_last_checkpoint_that_fails_costs_no_model(
+    adata: anndata.AnnData,
+    tiny_settings: dict[str, Any],
+    tiny_training: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> None:
+        raise OutOfDiskError("the disk is full.", fix="make room.")
+
+    monkeypatch.setattr(TrainingState, "save", full)
+    model = GeneJEPA(adata, **tiny_settings)
+    with pytest.warns(CheckpointWarning, match=r"(?s)last checkpoint.*the disk is full.*Fix: make room"):
+        model.train(**tiny_training, checkpoint_dir=tmp_path / "checkpoint")
+    assert model.is_trained
 
 
 def test_different_seeds_give_different_weights(

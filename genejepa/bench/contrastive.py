@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from genejepa.bench.interface import Embed, FitOptions, Method
 from genejepa.bench.linear import Normaliser
-from genejepa.train.runner import cpu_threads
+from genejepa.train.devices import cpu_threads
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -26,8 +26,9 @@ from genejepa.jepa import JEPA
 from genejepa.model import GeneJEPA
 from genejepa.nn.ema import ema_decay, update_average
 from genejepa.nn.encoder import make_encoder
+from genejepa.train.devices import cpu_threads
 from genejepa.train.module import learning_rate_factor
-from genejepa.train.runner import cpu_threads, n_epochs
+from genejepa.train.runner import n_epochs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

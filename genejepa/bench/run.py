@@ -23,7 +23,7 @@ from genejepa.data.counts import check_counts, columns_to_genes, open_counts, pa
 from genejepa.data.genes import gene_names, resolve_panel
 from genejepa.data.setup import batch_codes, registration_of
 from genejepa.errors import ConfigError, DataError, MissingPackageError
-from genejepa.files import replacing
+from genejepa.files import output_file, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +76,7 @@ class Run:
         arrays["metadata"] = np.array(json.dumps({name: getattr(self, name) for name in _METADATA}))
         if self.held_out is not None:
             arrays["held_out"] = self.held_out
-        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        with replacing(output_file(Path(path))) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
     @classmethod

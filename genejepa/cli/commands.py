@@ -9,7 +9,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -24,8 +24,11 @@ from genejepa.cli.output import (
     MODEL,
     PROBE,
     REPORT,
-    prepare_directory,
-    refuse_existing,
+    check_directory,
+    check_output,
+    compression_of,
+    is_complete,
+    remove_outputs,
     write_cells,
     write_tables,
 )
@@ -39,13 +42,13 @@ from genejepa.cli.probes import (
     run_probe,
     score_text,
 )
+from genejepa.cli.watch import read_watched
 from genejepa.config import GeneJEPAConfig, TrainConfig
-from genejepa.data.inputs import read_cells
-from genejepa.errors import ConfigError, DeviceError
-from genejepa.files import check_writable
+from genejepa.errors import ConfigError
+from genejepa.files import check_writable, output_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
 
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 _DEFAULTS: Final = TrainConfig()
+_READ_TIMEOUT: Final = 600
 
 app = typer.Typer(
     name="genejepa",
@@ -100,7 +104,10 @@ BatchKey = Annotated[
 ]
 GeneSymbols = Annotated[str | None, typer.Option(help="Column of var with gene names.", show_default="var_names")]
 LabelsKey = Annotated[str | None, typer.Option(help="Column of obs with labels: for probes only.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+ReadTimeout = Annotated[
+    int, typer.Option(min=1, max=1_000_000, help="Seconds to wait for a file of cells to open; a damaged one may hang.")
+]
 
 
 def _print_version(value: bool) -> None:
@@ -131,6 +138,7 @@ def check(
     labels_key: LabelsKey = None,
     gene_symbols: GeneSymbols = None,
     model: Annotated[Path | None, typer.Option(help="Model that shall embed these cells.")] = None,
+    read_timeout: ReadTimeout = _READ_TIMEOUT,
 ) -> None:
     """Look for everything that would go wrong, before any training.
 
@@ -139,7 +147,7 @@ def check(
     import genejepa
 
     report = genejepa.check(
-        read_cells(cells, backed=True),
+        read_watched(cells, seconds=read_timeout, backed=True),
         layer=layer,
         use_raw=use_raw,
         batch_key=batch_key,
@@ -190,6 +198,7 @@ def fit(
     ] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0.0, help="Minutes between checkpoints.")] = 1.0,
     overwrite: Overwrite = False,
+    read_timeout: ReadTimeout = _READ_TIMEOUT,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as information=8; can be repeated."),
@@ -201,55 +210,42 @@ def fit(
     obsm), report.html, and with --labels-key probe.csv. While it trains, checkpoint/ holds what --resume needs
     after Ctrl-C, a time limit or a crash.
     """
-    chosen = _parse_settings(settings or [])
+    cells = cells.expanduser()
     adapt = batch_size == "auto"
     given = {"max_epochs": max_epochs, "batch_size": None if adapt else _whole(batch_size), "seed": seed}
-    chosen |= {name: value for name, value in given.items() if value is not None}
+    chosen = _parse_settings(settings or []) | {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {
+        "accelerator": accelerator.value,
+        "devices": _device_list(devices),
+        "precision": precision.value,
+        "threads": threads,
+        "early_stopping": early_stopping,
+        "checkpoint_minutes": checkpoint_minutes,
+    }
     GeneJEPAConfig().updated(**chosen)  # mistakes shall show before any file is read
-    _check_accelerator(accelerator)
-    if resume and is_bundle(out / MODEL) and not is_bundle(out / CHECKPOINT):
-        typer.echo(f"Nothing to resume: {out} is complete.")
-        return
-    prepare_directory(out, overwrite=overwrite or resume)
-    check_writable(out, n_bytes=cells.stat().st_size if cells.is_file() else 0)
-    adata = read_cells(cells)
-    if not resume:
-        remove_bundle(out / MODEL)  # until there is a new one, --resume must not take the old one for the result
-
-    import genejepa
-
-    model = genejepa.fit(
+    check_directory(out, cells=cells, overwrite=overwrite, resume=resume)
+    if not cells.exists():
+        raise FileNotFoundError(f"{cells} does not exist.")
+    _check_run(options)
+    adata = read_watched(cells, seconds=read_timeout)
+    model = _new_model(
         adata,
-        layer=layer,
-        use_raw=use_raw,
-        batch_key=batch_key,
-        labels_key=labels_key,
+        registration={"layer": layer, "use_raw": use_raw, "batch_key": batch_key, "labels_key": labels_key},
         n_genes=n_genes or None,
         mask_var=mask_var,
         gene_symbols=gene_symbols,
         allow_fractional=allow_fractional,
-        progress_bar=sys.stdout.isatty(),
-        train_options={
-            "accelerator": accelerator.value,
-            "devices": int(devices) if devices.isdecimal() else devices,
-            "precision": precision.value,
-            "threads": threads,
-            "early_stopping": early_stopping,
-            "checkpoint_dir": out / CHECKPOINT,
-            "checkpoint_minutes": checkpoint_minutes,
-            "resume": resume,
-            **({"batch_size": "auto"} if adapt else {}),
-        },
-        **chosen,  # type: ignore[arg-type]  # the configuration has checked the values
+        **chosen,
     )
-    assert model.record is not None  # it was trained just now
-    if model.record.interrupted:
-        model.save(out / MODEL, overwrite=True)
-        typer.echo(
-            f"Stopped; {out / MODEL} holds the model as it is. To go on, repeat the command with --resume.", err=True
-        )
-        raise typer.Exit(EXIT_INTERRUPTED)
-    _write_outputs(out, adata, model, source=cells.name)
+    if resume and is_complete(out, model, options, any_batch_size=adapt):
+        typer.echo(f"Nothing to resume: {out} is complete.")
+        return
+    check_writable(out, n_bytes=sys.getsizeof(adata))
+    compression = compression_of(cells)
+    if not resume:
+        remove_outputs(out, cells=cells)
+    _train(model, out, resume=resume, batch_size="auto" if adapt else None, **options)
+    _write_outputs(out, adata, model, source=cells.name, compression=compression)
     remove_bundle(out / CHECKPOINT)
 
 
@@ -271,14 +267,16 @@ def embed(
     ] = 0.5,
     key_added: Annotated[str, typer.Option(help="Name of the embedding in obsm.")] = OBSM_KEY,
     overwrite: Overwrite = False,
+    read_timeout: ReadTimeout = _READ_TIMEOUT,
 ) -> None:
     """Embed other cells with a trained model.
 
     Genes are matched by name. Their order does not matter, further genes are ignored, and missing genes count
     as not measured, not as zero.
     """
-    refuse_existing(out, overwrite=overwrite)
-    adata = read_cells(cells)
+    cells = cells.expanduser()
+    check_output(out, overwrite=overwrite)
+    adata = read_watched(cells, seconds=read_timeout)
 
     from genejepa.model import GeneJEPA
 
@@ -293,8 +291,10 @@ def embed(
         duplicates=duplicates,
         min_overlap=min_overlap,
     )
-    write_cells(adata, out)
-    report = trained.gene_report(adata, gene_mapping=gene_mapping.value, duplicates=duplicates)
+    write_cells(adata, out, compression=compression_of(cells))
+    report = trained.gene_report(
+        adata, layer=layer, use_raw=use_raw, gene_mapping=gene_mapping.value, duplicates=duplicates
+    )
     echo_facts(
         {
             "Cells": f"{adata.n_obs:,}",
@@ -318,6 +318,7 @@ def probe(
     seed: Annotated[int, typer.Option(help="Seed of folds and draws.")] = 0,
     output: Annotated[Path | None, typer.Option(help="CSV file for the whole table.")] = None,
     overwrite: Overwrite = False,
+    read_timeout: ReadTimeout = _READ_TIMEOUT,
 ) -> None:
     """Score how well simple classifiers read labels off an embedding.
 
@@ -325,8 +326,8 @@ def probe(
     labelled cells per class. Scores are on cells that the classifier has not seen, with 95 % intervals.
     """
     if output is not None:
-        refuse_existing(output, overwrite=overwrite)
-    adata = read_cells(cells, backed=True)
+        check_output(output, overwrite=overwrite)
+    adata = read_watched(cells, seconds=read_timeout, backed=True)
     kinds = [name for name in Probe if name is not Probe.every] if kind is Probe.every else [kind]
     tables = [
         run_probe(name, adata, labels_key=labels_key, use_rep=use_rep, groups_key=groups_key, seed=seed)
@@ -343,6 +344,7 @@ def probe(
 @plain_errors
 def info(
     path: Annotated[Path, typer.Argument(metavar="MODEL_OR_H5AD", help="Model directory or h5ad file.")],
+    read_timeout: ReadTimeout = _READ_TIMEOUT,
 ) -> None:
     """Tell what a model directory or an h5ad file holds.
 
@@ -351,7 +353,7 @@ def info(
     if path.is_dir():
         describe_model(path)
     else:
-        describe_cells(path)
+        describe_cells(path, read_timeout=read_timeout)
 
 
 # What commands share ---------------------------------------------------------------------------------
@@ -371,20 +373,6 @@ def _parse_settings(entries: Sequence[str]) -> dict[str, object]:
     return settings
 
 
-def _check_accelerator(accelerator: Accelerator) -> None:
-    """Refuse an accelerator that this machine does not have."""
-    if accelerator in (Accelerator.auto, Accelerator.cpu):
-        return
-    import torch
-
-    on_gpu = accelerator is Accelerator.gpu
-    if not (torch.cuda.is_available() if on_gpu else torch.backends.mps.is_available()):
-        raise DeviceError(
-            f"`--accelerator {accelerator}` was asked for, but torch finds none here.",
-            fix="leave the option out, or install a build of torch for your device.",
-        )
-
-
 def _whole(text: str | None) -> int | None:
     """Number of a --batch-size."""
     if text is None or text.isdecimal():
@@ -392,15 +380,65 @@ def _whole(text: str | None) -> int | None:
     raise ConfigError(f"`--batch-size` is {text!r}.", fix="give a whole number, or auto.")
 
 
-def _write_outputs(out: Path, adata: AnnData, model: GeneJEPA, *, source: str) -> None:
+def _device_list(text: str) -> int | list[int] | str:
+    """Devices of a --devices: a number of them, their numbers, or all that there are."""
+    if text == "auto":
+        return text
+    try:
+        return [int(part) for part in text.rstrip(",").split(",")] if "," in text else int(text)
+    except ValueError:
+        raise ConfigError(
+            f"`--devices` is {text!r}.", fix="give a number such as 2, a list such as 0,1, or auto."
+        ) from None
+
+
+def _check_run(options: Mapping[str, Any]) -> None:
+    """Refuse what this machine does not have, before any file is read."""
+    from genejepa.train.devices import resolve_accelerator
+    from genejepa.train.runner import RunOptions
+
+    RunOptions(**options)
+    resolve_accelerator(options["accelerator"])
+
+
+def _new_model(adata: AnnData, *, registration: Mapping[str, Any], **options: Any) -> GeneJEPA:
+    """Model of the cells, before its training: everything that can be wrong with them is found here."""
+    from genejepa.data.setup import Registration, require_writable
+    from genejepa.model import GeneJEPA
+
+    require_writable(adata)
+    given = Registration(**registration)
+    return GeneJEPA(adata, registration=None if given == Registration() else given, **options)
+
+
+def _train(model: GeneJEPA, out: Path, *, resume: bool, **options: Any) -> None:
+    """Train, and end the process with the exit code of Ctrl-C if that has ended the training."""
+    try:
+        model.train(checkpoint_dir=out / CHECKPOINT, resume=resume, progress_bar=sys.stdout.isatty(), **options)
+    except ConfigError as error:
+        if not is_bundle(out / CHECKPOINT):
+            raise
+        fix = "repeat the call that was stopped, or leave --resume out and pass --overwrite to begin anew."
+        raise ConfigError(error.problem, fix=fix) from error
+    assert model.record is not None  # it was trained just now
+    if model.record.interrupted:
+        model.save(out / MODEL, overwrite=True)
+        typer.echo(
+            f"Stopped; {out / MODEL} holds the model as it is. To go on, repeat the command with --resume.", err=True
+        )
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _write_outputs(out: Path, adata: AnnData, model: GeneJEPA, *, source: str, compression: str | None) -> None:
     """Write everything that `genejepa fit` leaves, the dearest first, and sum it up."""
     from genejepa.report import build_report
 
     registration = model.registration
     model.save(out / MODEL, overwrite=True)
-    write_cells(adata, out / CELLS)
+    model.write_embedding(adata)
+    write_cells(adata, out / CELLS, compression=compression)
     tables, notes = fit_probes(adata, registration.labels_key, seed=model.config.train.seed)
-    (out / PROBE).unlink(missing_ok=True)  # scores of an earlier call are not those of this model
+    output_file(out / PROBE).unlink(missing_ok=True)  # scores of an earlier call are not those of this model
     if tables:
         write_tables(tables, out / PROBE)
     genes = f"{len(model.genes):,} of {adata.n_vars:,}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
@@ -11,11 +12,10 @@ import typer
 from genejepa._constants import UNS_KEY
 from genejepa.bundle import is_bundle
 from genejepa.cli.output import MODEL
-from genejepa.data.inputs import read_cells
+from genejepa.cli.watch import read_watched
 from genejepa.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from anndata import AnnData
@@ -61,29 +61,24 @@ def training_facts(model: GeneJEPA) -> dict[str, str]:
     }
 
 
-def describe_cells(path: Path) -> None:
+def describe_cells(path: Path, *, read_timeout: float) -> None:
     """Print what an h5ad file holds."""
-    adata = read_cells(path, backed=True)
-    slots = {slot.name: _counts_verdict(adata, slot) for slot in _slots(adata)}
-    record = adata.uns.get(UNS_KEY, {})
+    from genejepa.data.counts import count_slots
+
+    adata = read_watched(path, seconds=read_timeout, backed=True)
+    slots = {slot.name: _counts_verdict(adata, slot) for slot in count_slots(adata)}
+    record = adata.uns.get(UNS_KEY)
     facts = {
         "Cells": f"{adata.n_obs:,}",
         "Genes": f"{adata.n_vars:,}, such as {', '.join(map(str, adata.var_names[:4]))}",
         **slots,
         "Usable as labels": "; ".join(_label_columns(adata)) or "no column of obs",
-        "obsm": ", ".join(f"{key} ({adata.obsm[key].shape[1]})" for key in adata.obsm) or "none",
+        "obsm": ", ".join(f"{key} ({'x'.join(map(str, value.shape[1:]))})" for key, value in adata.obsm.items())
+        or "none",
     }
-    if "model_id" in record:
+    if isinstance(record, Mapping) and "model_id" in record:
         facts["Embedded by"] = f"model {record['model_id']}, genejepa {record.get('version', '?')}"
     echo_facts(facts)
-
-
-def _slots(adata: AnnData) -> list[CountSlot]:
-    """Slots that can hold counts."""
-    from genejepa.data.slots import CountSlot
-
-    raw = [] if adata.raw is None else [CountSlot(use_raw=True)]
-    return [CountSlot(), *(CountSlot(str(name)) for name in adata.layers), *raw]
 
 
 def _counts_verdict(adata: AnnData, slot: CountSlot) -> str:
@@ -112,7 +107,7 @@ def _label_columns(adata: AnnData) -> list[str]:
 
 
 def echo_facts(facts: Mapping[str, str]) -> None:
-    """Print names and values in two columns."""
+    """Print names and values in two columns; what would change the terminal, as names of a file can, is escaped."""
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
-        typer.echo(f"{name:<{width}}{value}")
+        typer.echo("".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"{name:<{width}}{value}"))

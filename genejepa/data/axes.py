@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from genejepa._arithmetic import plain_arithmetic
+from genejepa._memory import memory_errors
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from genejepa.data.normalization import Normalizer
     from genejepa.data.panel import PanelCounts
+
+_LEAST_SPREAD = 1e-3
+"""Deviation below which coordinates are rounding, as those of cells that are all alike, and are not blown up."""
 
 _MAX_CELLS = 8192
 """Axes are estimated on at most this many cells: 64 MB of values for 2,000 genes, whatever the data size."""
@@ -58,18 +64,25 @@ class PrincipalAxes:
         rng = np.random.default_rng([seed, 7])
         rotation, _ = np.linalg.qr(rng.standard_normal((dim, scores.shape[1])))
         turned = scores @ rotation.T.astype(np.float32)
-        return np.asarray(turned / max(float(turned.std()), 1e-8), dtype=np.float32)
+        return np.asarray(turned / max(float(turned.std()), _LEAST_SPREAD), dtype=np.float32)
 
     def spread(self, tables: NDArray[np.float32]) -> float:
-        """Root mean square over cells of the products ``values @ tables``."""
+        """Root mean square over cells of the products ``values @ tables``; not below 0.001."""
         along = (self.axes.T @ tables) * self.deviations[:, None]
-        return float(np.sqrt(np.mean(np.sum(along**2, axis=0))))
+        return max(float(np.sqrt(np.mean(np.sum(along**2, axis=0)))), _LEAST_SPREAD)
 
 
+@memory_errors("looking for the principal axes", fix="take a smaller `n_genes`.")
+@plain_arithmetic()
 def principal_axes(counts: PanelCounts, normalizer: Normalizer, *, n_components: int, seed: int) -> PrincipalAxes:
     """Estimate axes by a randomised singular value decomposition (Halko et al. 2011, arXiv:0909.4061).
 
     Values are centred already, so no mean is taken out.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If memory runs out.
     """
     n = min(counts.n_obs, _MAX_CELLS)
     index = np.sort(np.random.default_rng([seed, 5]).permutation(counts.n_obs)[:n])

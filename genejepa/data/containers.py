@@ -36,13 +36,12 @@ class Rows(ABC):
         Slot of the matrix, for messages.
     shape, dtype
         Of the matrix, as it is stored.
-    in_memory, shared
-        Whether all rows are in memory, and whether they are given without a copy.
+    shared
+        Whether rows are in memory and given without a copy.
     block_rows
         Rows to read in one step.
     """
 
-    in_memory = False
     shared = False
 
     def __init__(self, name: str, shape: tuple[int, int], dtype: np.dtype[Any], *, block_rows: int) -> None:
@@ -74,7 +73,6 @@ class _Dense(Rows):
             name, matrix.shape, matrix.dtype, block_rows=_average_rows(matrix.shape[0], matrix.size, _BLOCK_VALUES)
         )
         self.matrix = np.asarray(matrix)
-        self.in_memory = not isinstance(matrix, np.memmap)
 
     def between(self, start: int, stop: int) -> sparse.csr_matrix:
         return _dense_rows(self.matrix[start:stop])
@@ -86,7 +84,6 @@ class _Dense(Rows):
 class _Sparse(Rows):
     """A CSR matrix in memory, of checked structure."""
 
-    in_memory = True
     shared = True
 
     def __init__(self, name: str, matrix: sparse.csr_matrix, *, dtype: np.dtype[Any]) -> None:

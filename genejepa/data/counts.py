@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
+from genejepa._memory import memory_errors
 from genejepa.data.containers import Rows, csr_of, open_rows
 from genejepa.data.panel import PanelCounts
 from genejepa.data.scan import KINDS, TINY, Scan
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _LARGEST_EXACT = {np.dtype(np.float16): 2.0**11, np.dtype(np.float32): 2.0**24}
 """Largest number below which these types hold every whole number."""
+
+_SMALLER = "take fewer cells, or keep the counts as a sparse matrix."
 
 _FEW_COUNTS = 10
 """Median counts of a cell below which it says little; and then ones alone are no surprise."""
@@ -75,11 +78,6 @@ class CountMatrix:
         """Type of the values as they are stored."""
         return self.source.dtype
 
-    @property
-    def in_memory(self) -> bool:
-        """False for a backed, dask, zarr or memory-mapped matrix, which is read block by block."""
-        return self.source.in_memory
-
     def rows(self, start: int, stop: int) -> sparse.csr_matrix:
         """Cells ``start`` to ``stop``, (stop - start, n_vars), of checked structure; not to be written to.
 
@@ -90,15 +88,17 @@ class CountMatrix:
         ------
         DataError
             If the sparse structure is damaged, or the file cannot be read.
+        OutOfMemoryError
+            If memory runs out.
         """
         with _reading(self.slot, self.filename):
             if self.obs_index is None:
                 block = self.source.between(start, stop)
             else:
                 block = self.source.at(self.obs_index[start:stop])
-        if self.var_index is not None:
-            block = block[:, self.var_index]
-        return csr_of(block.shape, np.rint(block.data), block.indices, block.indptr) if self.rounded else block
+            if self.var_index is not None:
+                block = block[:, self.var_index]
+            return csr_of(block.shape, np.rint(block.data), block.indices, block.indptr) if self.rounded else block
 
     def blocks(self) -> Iterator[tuple[int, sparse.csr_matrix]]:
         """Consecutive blocks of about four million values, each with the position of its first cell."""
@@ -110,7 +110,8 @@ class CountMatrix:
         """All cells; shares the arrays of a CSR matrix in memory, unless it is looked at through a view or rounded."""
         if self.source.shared or not self.shape[0]:
             return self.rows(0, self.shape[0])
-        return sparse.vstack([block for _, block in self.blocks()], format="csr")
+        with memory_errors(f"reading `{self.slot.name}`", fix=_SMALLER):
+            return sparse.vstack([block for _, block in self.blocks()], format="csr")
 
 
 def open_counts(adata: AnnData, slot: CountSlot) -> CountMatrix:
@@ -186,14 +187,16 @@ def _check_tables(adata: AnnData) -> None:
 
 @contextmanager
 def _reading(slot: CountSlot, filename: object) -> Iterator[None]:
-    """Turn errors of a file that is damaged, closed or gone into one that names it."""
+    """Turn errors of a file that is damaged, closed or gone, or of a lazy array, into one that names the slot."""
     try:
-        yield
-    except GeneJEPAError:
+        with memory_errors(f"reading `{slot.name}`", fix=_SMALLER):
+            yield
+    except (GeneJEPAError, Warning):  # a warning that somebody wants raised
         raise
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except Exception as error:  # what holds the matrix can raise anything
         raise DataError(
-            f"`{slot.name}`{filename and f' of {filename}'} cannot be read (any more): {error}",
+            f"`{slot.name}`{f' of {filename}' if filename else ''} cannot be read (any more): "
+            f"{str(error) or type(error).__name__}",
             fix="open the file again; if that does not help, copy it from its source.",
         ) from error
 
@@ -277,8 +280,9 @@ def check_counts(
     Warns
     -----
     DataWarning
-        If values are fractional or have rounding noise, if values are not counts in columns that do not matter, if
-        counts are too large for their type or for float32, all one, or fewer than 10 in most cells.
+        If values are fractional or have rounding noise, if they are fractional although another slot holds counts, if
+        values are not counts in columns that do not matter, if counts are too large for their type or for float32, all
+        one, or fewer than 10 in most cells.
     """
     slot, (n_obs, n_vars) = counts.slot.name, counts.shape
     if n_vars == 0:
@@ -299,6 +303,12 @@ def check_counts(
         )
     for message in _remarks(scan, counts, allow_fractional=allow_fractional):
         warnings.warn(message, DataWarning, stacklevel=2)
+    if allow_fractional and scan.worst == "fractional":
+        better = _where_counts(adata, skip=counts.slot)
+        if better is not None:
+            n = scan.offences["fractional"].n
+            message = f"`{slot}` holds {n} fractional values. {scan.looks_like}\nFix: {better}"
+            warnings.warn(message, DataWarning, stacklevel=2)
     return replace(counts, rounded=rounded)
 
 
@@ -358,7 +368,14 @@ def _repair(scan: Scan, slot: CountSlot) -> str:
 def _where_counts(adata: AnnData, *, skip: CountSlot) -> str | None:
     """Tell how to use another slot that holds counts; None if there is none."""
     found = next((slot for slot in count_slots(adata) if slot != skip and holds_counts(adata, slot)), None)
-    return None if found is None else f"pass {found.argument}: `{found.name}` holds counts."
+    if found is None:
+        return None
+    if found == CountSlot():
+        return (
+            f"leave `layer` and `use_raw` out: `X` holds counts. If `{skip.name}` is still read then, declare `X` "
+            "first: genejepa.GeneJEPA.setup_anndata(adata)"
+        )
+    return f"pass {found.argument}: `{found.name}` holds counts."
 
 
 def count_slots(adata: AnnData) -> list[CountSlot]:
@@ -387,6 +404,7 @@ def columns_to_genes(columns: NDArray[np.int64], n_vars: int) -> NDArray[np.int6
     return genes
 
 
+@memory_errors("taking the genes of the model", fix="take fewer cells, or a smaller `n_genes`.")
 def panel_counts(matrix: sparse.csr_matrix, gene_of_column: NDArray[np.int64], n_genes: int) -> PanelCounts:
     """Restrict counts to a gene panel, in canonical order.
 
@@ -412,6 +430,8 @@ def panel_counts(matrix: sparse.csr_matrix, gene_of_column: NDArray[np.int64], n
     ------
     DataError
         If ``gene_of_column`` has another length, or positions outside of the panel.
+    OutOfMemoryError
+        If memory runs out.
     """
     gene_of_column = np.asarray(gene_of_column, dtype=np.int64)
     if gene_of_column.shape != (matrix.shape[1],) or (gene_of_column >= n_genes).any() or (gene_of_column < -1).any():

@@ -98,11 +98,6 @@ class GeneReport:
         return int(self.found.sum())
 
     @property
-    def fraction(self) -> float:
-        """Share of panel genes found, 0 to 1."""
-        return self.n_matched / max(len(self.panel), 1)
-
-    @property
     def missing(self) -> list[str]:
         """Names of the panel genes not found, in panel order."""
         return [name for name, found in zip(self.panel, self.found, strict=True) if not found]
@@ -180,8 +175,9 @@ def require_overlap(report: GeneReport, *, min_overlap: float = 0.5, slot: str =
         If the genes found had less than 90 % of the training counts; if names were changed by R or a spreadsheet; or
         if names differ in the form of their Unicode characters.
     """
-    if not 0 <= min_overlap <= 1:
-        raise ConfigError(f"`min_overlap` is {min_overlap}, expected a share from 0 to 1", fix="pass min_overlap=0.5.")
+    if isinstance(min_overlap, bool) or not isinstance(min_overlap, int | float) or not 0 <= min_overlap <= 1:
+        problem = f"`min_overlap` is {min_overlap!r}, expected a share from 0 to 1"
+        raise ConfigError(problem, fix="pass min_overlap=0.5.")
     least = min(_LEAST_GENES, max(1, int(_LEAST_SHARE * len(report.panel))))
     if report.mass < min_overlap or report.n_matched < least:
         raise _mismatch_error(report, min_overlap=min_overlap, least=least, slot=slot)

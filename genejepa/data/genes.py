@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genejepa._memory import memory_errors
 from genejepa.data.counts import columns_to_genes, panel_counts
+from genejepa.data.gene_search import clean_name
 from genejepa.data.slots import as_text, missing_key
 from genejepa.errors import ConfigError, DataError, DataWarning
 
@@ -47,8 +50,8 @@ def gene_names(var: pd.DataFrame, *, gene_symbols: str | None = None, table: str
     MissingKeyError
         If the column does not exist.
     DataError
-        If a name is missing (NaN, None) or blank, or if there are several names for each gene (a MultiIndex, or
-        several columns of this name).
+        If a name is missing (NaN, None) or blank or cannot be written as UTF-8, or if there are several names for each
+        gene (a MultiIndex, or several columns of this name).
 
     Warns
     -----
@@ -57,11 +60,12 @@ def gene_names(var: pd.DataFrame, *, gene_symbols: str | None = None, table: str
     """
     values: Any
     if gene_symbols is None:
-        slot, values = f"{table}_names", var.index
+        values = var.index
     elif gene_symbols in var:
-        slot, values = f"{table}[{gene_symbols!r}]", var[gene_symbols]
+        values = var[gene_symbols]
     else:
         raise missing_key(table, gene_symbols, var.columns, argument="gene_symbols")
+    slot = names_slot(gene_symbols, table)
     n_levels = values.shape[1] if values.ndim == 2 else getattr(values, "nlevels", 1)
     if n_levels > 1:
         raise DataError(
@@ -81,6 +85,7 @@ def gene_names(var: pd.DataFrame, *, gene_symbols: str | None = None, table: str
             "every gene",
             fix=_keeping(slot, "{}.astype(object).fillna('').astype(str).str.strip() != ''"),
         )
+    _check_writable(names, slot)
     foreign = sorted({type(value).__name__ for value in values if not isinstance(value, str)})
     if foreign:
         warnings.warn(
@@ -90,6 +95,23 @@ def gene_names(var: pd.DataFrame, *, gene_symbols: str | None = None, table: str
             stacklevel=2,
         )
     return names
+
+
+def names_slot(gene_symbols: str | None, table: str) -> str:
+    """Where the names of the genes are, for messages: ``var_names`` or ``var['<gene_symbols>']``."""
+    return f"{table}_names" if gene_symbols is None else f"{table}[{gene_symbols!r}]"
+
+
+def _check_writable(names: NDArray[np.object_], slot: str) -> None:
+    """Refuse names that no file can hold: lone surrogates, as a wrong encoding leaves them."""
+    bad = [name for name in names if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name)]
+    if bad:
+        target = slot.replace("raw.var_names", "raw.var.index")
+        raise DataError(
+            f"`{slot}` has {len(bad)} names that cannot be written as UTF-8: "
+            f"{', '.join(map(repr, bad[:_N_EXAMPLES]))}{' and more' if len(bad) > _N_EXAMPLES else ''}; expected text",
+            fix=f"adata.{target} = [name.encode('utf-8', 'backslashreplace').decode() for name in adata.{target}]",
+        )
 
 
 def is_gene(var: pd.DataFrame) -> NDArray[np.bool_]:
@@ -105,6 +127,9 @@ def is_gene(var: pd.DataFrame) -> NDArray[np.bool_]:
 def check_unique(names: NDArray[np.object_], columns: NDArray[np.int64], *, slot: str = "var_names") -> None:
     """Refuse a panel that holds a gene whose name occurs more than once in the data.
 
+    Names are compared as they are when a model looks for its genes: without white space at the ends, and in one form
+    of Unicode characters.
+
     Parameters
     ----------
     names
@@ -119,28 +144,31 @@ def check_unique(names: NDArray[np.object_], columns: NDArray[np.int64], *, slot
     DataError
         If the name of a panel gene is repeated.
     """
-    count = _count(names)
-    repeated = [name for name in dict.fromkeys(names[columns]) if count[name] > 1]
+    cleaned = np.array([clean_name(name) for name in names], dtype=object)
+    count = Counter(cleaned.tolist())
+    repeated = [name for name in dict.fromkeys(cleaned[columns]) if count[name] > 1]
     if repeated:
-        raise _duplicates_error(repeated, count, names=names, slot=slot)
-
-
-def _count(names: NDArray[np.object_]) -> dict[str, int]:
-    """How often each name occurs."""
-    unique, counts = np.unique(names, return_counts=True)
-    return dict(zip(unique.tolist(), counts.tolist(), strict=True))
+        raise _duplicates_error(repeated, count, names=names, cleaned=cleaned, slot=slot)
 
 
 def _duplicates_error(
-    repeated: list[str], count: dict[str, int], *, names: NDArray[np.object_], slot: str
+    repeated: list[str],
+    count: Counter[str],
+    *,
+    names: NDArray[np.object_],
+    cleaned: NDArray[np.object_],
+    slot: str,
 ) -> DataError:
     """Error that lists repeated names and where the first one is."""
     listed = ", ".join(f"{name!r} x{count[name]}" for name in repeated[:_N_EXAMPLES])
-    where = np.flatnonzero(names == repeated[0])[:_N_EXAMPLES].tolist()
+    where = np.flatnonzero(cleaned == repeated[0])[:_N_EXAMPLES]
+    as_written = dict.fromkeys(names[where])
+    variants = f" as {', '.join(map(repr, as_written))}" if len(as_written) > 1 else ""
+    cleaning = "" if (names == cleaned).all() else ".astype(str).str.normalize('NFC').str.strip()"
     return DataError(
         f"`{slot}` has {len(repeated)} duplicated names among the genes of the model: {listed}; "
-        f"the first is at positions {where}; expected each once",
-        fix=_keeping(slot, "~{}.duplicated()") + "  # keeps the first of each",
+        f"the first is at positions {where.tolist()}{variants}; expected each once",
+        fix=_keeping(slot, f"~{{}}{cleaning}.duplicated()") + "  # keeps the first of each",
     )
 
 
@@ -153,7 +181,7 @@ def _keeping(slot: str, condition: str) -> str:
 
 def select_panel(
     counts: sparse.csr_matrix,
-    gene_names: NDArray[np.object_],
+    names: NDArray[np.object_],
     *,
     n_genes: int | None = 2000,
     batch: NDArray[np.int64] | None = None,
@@ -175,7 +203,7 @@ def select_panel(
     ----------
     counts
         Counts of shape ``(n_obs, n_vars)``, not changed.
-    gene_names
+    names
         Name of every gene, shape ``(n_vars,)``.
     n_genes
         Size of the panel. None takes all genes that have a count, and so does a number that is not smaller
@@ -206,7 +234,7 @@ def select_panel(
         )
     if n_genes is None or len(expressed) <= n_genes:
         return expressed
-    by_name = expressed[np.argsort(gene_names[expressed], kind="stable")]
+    by_name = expressed[np.argsort(names[expressed], kind="stable")]
     chosen = _most_variable(counts, by_name, n_genes=n_genes, batch=batch)
     return np.sort(by_name[chosen])
 
@@ -234,7 +262,8 @@ def _most_variable(
     panel = panel_counts(counts, columns_to_genes(columns, counts.shape[1]), len(columns))
     filled = np.diff(panel.indptr) > 0
     # Whole numbers are summed exactly, so the result does not depend on the order of cells and genes.
-    data = panel.data.astype(np.int32 if panel.data.max() < 2**31 - 128 else np.float64)
+    whole = bool((panel.data == np.rint(panel.data)).all())
+    data = panel.data.astype(np.int32 if whole and panel.data.max() < 2**31 - 128 else np.float64)
     matrix = sparse.csr_matrix((data, panel.indices, panel.indptr), shape=(panel.n_obs, panel.n_genes))
     del panel, data
     if not filled.all():
@@ -265,6 +294,7 @@ def _voting_groups(batch: NDArray[np.int64]) -> NDArray[np.int64]:
     return groups
 
 
+@memory_errors("choosing the genes", fix="take fewer cells, or mark the genes with `mask_var`.")
 def resolve_panel(
     matrix: sparse.csr_matrix,
     var: pd.DataFrame,
@@ -272,6 +302,7 @@ def resolve_panel(
     n_genes: int | None = 2000,
     mask_var: str | NDArray[np.bool_] | None = None,
     gene_symbols: str | None = None,
+    names: NDArray[np.object_] | None = None,
     batch: NDArray[np.int64] | None = None,
     table: str = "var",
 ) -> NDArray[np.int64]:
@@ -291,6 +322,8 @@ def resolve_panel(
         without a count.
     gene_symbols
         Column of ``var`` with the gene names; None takes ``var_names``.
+    names
+        These names, if they have been read already, see :func:`gene_names`.
     batch
         Batch of every cell, shape ``(n_obs,)``, used if ``mask_var`` is None; None for one batch.
     table
@@ -307,13 +340,16 @@ def resolve_panel(
     DataError
         If the mask is not boolean or marks no gene with a count, if a gene name is missing, or if the name of
         a panel gene is repeated.
+    OutOfMemoryError
+        If memory runs out.
 
     Warns
     -----
     DataWarning
         If columns are left out because they are not genes.
     """
-    names = gene_names(var, gene_symbols=gene_symbols, table=table)
+    if names is None:
+        names = gene_names(var, gene_symbols=gene_symbols, table=table)
     if mask_var is not None:
         mask, slot = _read_mask(var, mask_var, table)
         expressed = _expressed_genes(matrix)
@@ -335,7 +371,7 @@ def resolve_panel(
             )
             matrix = matrix[:, genes]
         columns = genes[select_panel(matrix, names[genes], n_genes=n_genes, batch=batch, table=table)]
-    slot = f"{table}_names" if gene_symbols is None else f"{table}[{gene_symbols!r}]"
+    slot = names_slot(gene_symbols, table)
     rivals = is_gene(var)
     rivals[columns] = True
     check_unique(np.where(rivals, names, ""), columns, slot=slot)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genejepa._memory import memory_errors
 from genejepa.errors import DataError
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def read_cells(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData
         If it may not be read.
     DataError
         If it cannot be read as an AnnData.
+    OutOfMemoryError
+        If it does not fit into memory.
     """
     import anndata
 
@@ -95,10 +98,12 @@ def read_cells(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData
     stored_as_zarr = file.is_dir() and any((file / name).exists() for name in (".zgroup", "zarr.json"))
     if file.is_dir() and not stored_as_zarr:
         raise DataError(f"{file} is a directory, expected an h5ad file.", fix="give the name of the file in it.")
+    on_disk = "" if stored_as_zarr else f", or leave X on disk: adata = anndata.read_h5ad({str(file)!r}, backed='r')"
     try:
-        adata: AnnData = (
-            anndata.read_zarr(file) if stored_as_zarr else anndata.read_h5ad(file, backed="r" if backed else None)
-        )
+        with memory_errors(f"reading {file}", fix=f"store fewer cells in it{on_disk}"):
+            adata: AnnData = (
+                anndata.read_zarr(file) if stored_as_zarr else anndata.read_h5ad(file, backed="r" if backed else None)
+            )
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # a damaged file can make anndata raise anything

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
-from typing import TYPE_CHECKING, TypedDict
+import sys
+from dataclasses import replace
+from multiprocessing import resource_tracker
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -48,7 +52,8 @@ class StepDataset(Dataset[Batch]):
     """Map a step number to its batch.
 
     Cells are visited in a new order in every epoch; a last incomplete batch is filled up from the next order, so
-    that all steps have one shape.
+    that all steps have one shape. Cells of which most values are fractional, such as FPKM, are not thinned: they hold
+    no molecules that could be lost.
 
     Parameters
     ----------
@@ -71,7 +76,8 @@ class StepDataset(Dataset[Batch]):
     ) -> None:
         self.counts = counts
         self.normalizer = normalizer
-        self.masks = masks
+        is_whole = counts.data == np.rint(counts.data)
+        self.masks = masks if 2 * is_whole.sum() > len(is_whole) else replace(masks, thinned_fraction=0.0)
         self.batch_size = min(batch_size, counts.n_obs)
         self.seed = seed
         self.rank = rank
@@ -163,7 +169,7 @@ def step_loader(
 
     Workers are spawned, not forked: a fork after torch has started threads can hang.
     """
-    return DataLoader(
+    return _StepLoader(
         dataset,
         batch_size=None,
         sampler=StepSampler(dataset.steps_per_epoch, first_step=first_step),
@@ -171,11 +177,30 @@ def step_loader(
         multiprocessing_context="spawn" if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=_end_without_parent,
     )
 
 
-def _leave_signals_to_the_main_process(_worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; a worker that dies of it would take the last step along."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _end_without_parent(_worker: int) -> None:
+    """From here on torch notices that the main process has died, but not that it died while this worker started."""
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        sys.exit(1)
+
+
+class _StepLoader(DataLoader[Batch]):
+    """Loader whose workers leave Ctrl-C and SIGTERM to the main process, from their start on.
+
+    Both reach the whole process group, and a worker that dies of one would take the present step along. Processes
+    inherit which signals are blocked.
+    """
+
+    def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        resource_tracker.ensure_running()  # its start ends with these signals not blocked
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ _CLIP = 10.0
 """Values beyond this many common deviations are clipped: they are outliers of the input, not of biology."""
 
 _CHUNK = 4096
+
+_LEAST_SPREAD = 1e-3
+"""Deviation, in units of sampling noise, below which the cells are all alike and rounding is all that differs."""
 
 _LARGE_MEAN = 50.0
 """Counts above which the deviation of a transformed Poisson count is taken from the delta method."""
@@ -70,7 +73,7 @@ class Normalizer:
         for start in range(0, counts.n_obs, _CHUNK):
             index = np.arange(start, min(start + _CHUNK, counts.n_obs))
             rows, genes, data = counts.rows(index)
-            value = _stabilised(data, median_depth / depth[index][rows], transform).astype(np.float64)
+            value = _stabilised(data, _depth_factor(depth[index], median_depth)[rows], transform).astype(np.float64)
             totals += np.bincount(genes, data, counts.n_genes)
             sums += np.bincount(genes, value, counts.n_genes)
             squares += np.bincount(genes, value**2, counts.n_genes)
@@ -79,7 +82,8 @@ class Normalizer:
         # Half a count keeps the log frequency of a gene without counts finite.
         frequency = (totals + 0.5) / (totals + 0.5).sum()
         noise = sampling_deviation(frequency * median_depth, transform)
-        scale = noise * (np.sqrt(np.mean(variance / noise**2)) or 1.0)
+        spread = np.sqrt(np.mean(variance / noise**2))
+        scale = noise * (spread if spread > _LEAST_SPREAD else 1.0)
         return cls(
             transform,
             median_depth,
@@ -132,7 +136,7 @@ class Normalizer:
             rows, genes, data = rows[measured], genes[measured], data[measured]
         depth = np.bincount(rows, data, len(index))
         share = 1.0 if keep is None else float(self.frequency[keep].sum())
-        factor = self.median_depth * share / np.maximum(depth, 1.0)
+        factor = _depth_factor(depth, self.median_depth * share)
         stabilised = _stabilised(data, factor[rows], self.transform)
         value = np.clip((stabilised - self.mean[genes]) / self.scale[genes], -_CLIP, _CLIP)
         batch = counts.batch_of(index)
@@ -234,6 +238,11 @@ def cell_depth(counts: PanelCounts) -> NDArray[np.float64]:
     """Counts of each cell within the panel, (n_obs,)."""
     rows = np.repeat(np.arange(counts.n_obs), np.diff(counts.indptr))
     return np.bincount(rows, counts.data, counts.n_obs).astype(np.float64)
+
+
+def _depth_factor(depth: NDArray[np.number[Any]], target: float) -> NDArray[np.float64]:
+    """What to multiply the counts of cells with, to bring them to a depth; cells without counts have no use for it."""
+    return target / np.where(depth > 0, depth, 1.0)
 
 
 def _stabilised(data: NDArray[np.float32], factor: NDArray[np.float64], transform: Transform) -> NDArray[np.float32]:

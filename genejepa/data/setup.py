@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genejepa._constants import UNS_KEY
+from genejepa.data.inputs import as_anndata
 from genejepa.data.slots import CountSlot, as_text, missing_key, obs_column
 from genejepa.errors import ConfigError, DataError, DataWarning, MissingKeyError
 
@@ -75,6 +76,31 @@ class Registration:
         return found
 
 
+def require_writable(adata: AnnData) -> None:
+    """Refuse, before anything is computed, an object that genejepa cannot write to.
+
+    Raises
+    ------
+    DataError
+        If it is no AnnData, or a view of a file, or ``uns["genejepa"]`` is not ours.
+    """
+    if as_anndata(adata) is not adata:
+        raise DataError(
+            f"expected an AnnData to write to, found a {type(adata).__name__}.",
+            fix="adata = anndata.read_h5ad(path), or use `model.get_latent_representation(path)`.",
+        )
+    if adata.is_view and adata.isbacked:
+        raise DataError(
+            "`adata` is a view of a file, which cannot be written to.",
+            fix="adata = adata.to_memory(), or use `model.get_latent_representation(adata)`.",
+        )
+    if not isinstance(adata.uns.get(UNS_KEY, {}), Mapping):
+        raise DataError(
+            f"`uns[{UNS_KEY!r}]` holds a {type(adata.uns[UNS_KEY]).__name__} that genejepa did not write.",
+            fix=f"rename or delete it: del adata.uns[{UNS_KEY!r}]",
+        )
+
+
 def register(
     adata: AnnData,
     *,
@@ -115,24 +141,27 @@ def register(
         If a cell has no batch, if the batch column cannot be one (see :func:`batch_codes`), or if
         ``uns["genejepa"]`` holds something else.
     """
+    require_writable(adata)
     registration = Registration(layer=layer, batch_key=batch_key, labels_key=labels_key, use_raw=use_raw)
-    _check(adata, registration)
-    record = adata.uns.get(UNS_KEY, {})
-    if not isinstance(record, Mapping):
-        raise DataError(
-            f"`uns[{UNS_KEY!r}]` holds a {type(record).__name__} that genejepa did not write",
-            fix=f"rename or delete it: del adata.uns[{UNS_KEY!r}]",
-        )
+    check_registration(adata, registration)
     setup = {name: str(value or "") for name, value in asdict(registration).items()}
-    adata.uns[UNS_KEY] = {**record, _SETUP: setup}
+    adata.uns[UNS_KEY] = {**adata.uns.get(UNS_KEY, {}), _SETUP: setup}
     return registration
 
 
 def registration_of(adata: AnnData) -> Registration:
-    """Find out which slots of an AnnData are to be used.
+    """Find out which slots of an AnnData are to be used: those declared, else ``X`` and no batch.
+
+    Errors and warnings as in :func:`declared_registration`.
+    """
+    return declared_registration(adata) or Registration()
+
+
+def declared_registration(adata: AnnData) -> Registration | None:
+    """Find out which slots of an AnnData were declared.
 
     The record of :func:`register` counts; without one, what the AnnData was registered with in scvi-tools, in
-    this process; without that, ``X`` and no batch.
+    this process.
 
     Parameters
     ----------
@@ -141,7 +170,7 @@ def registration_of(adata: AnnData) -> Registration:
 
     Returns
     -------
-    The slots to read.
+    The slots to read; None if nothing is declared.
 
     Raises
     ------
@@ -157,12 +186,13 @@ def registration_of(adata: AnnData) -> Registration:
     """
     own = adata.uns.get(UNS_KEY, {})
     if isinstance(own, Mapping) and _SETUP in own:
-        registration = _parse(own[_SETUP])
+        registration: Registration | None = _parse(own[_SETUP])
     elif _SCVI_ADATA in adata.uns:
         registration = _scvi_registration(adata)
     else:
-        return Registration()
-    _check(adata, registration)
+        return None
+    if registration is not None:
+        check_registration(adata, registration)
     return registration
 
 
@@ -200,7 +230,14 @@ def batch_codes(adata: AnnData, key: str, *, training: bool = True) -> tuple[NDA
 
     column = _complete_column(adata, key)
     _check_types(column, key)
-    codes, values = pd.factorize(column)
+    try:
+        codes, values = pd.factorize(column)
+    except TypeError as error:  # lists, dicts
+        raise DataError(
+            f"`obs[{key!r}]` holds values that cannot be compared, such as {str(column.iloc[0])[:40]}, expected text "
+            f"or whole numbers ({error}).",
+            fix=f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(str).astype('category')",
+        ) from error
     if training and len(values) > len(column) / 2 and len(column) >= _MANY_CELLS:
         raise DataError(
             f"`obs[{key!r}]` has {len(values)} distinct values in {len(column)} cells, such as "
@@ -254,7 +291,7 @@ def _type_name(kind: type) -> str:
     return next((name for name, kinds in known.items() if issubclass(kind, kinds)), kind.__name__)
 
 
-def _check(adata: AnnData, registration: Registration) -> None:
+def check_registration(adata: AnnData, registration: Registration) -> None:
     """Refuse keys that are not text or do not exist, and a batch column that cannot be one."""
     keys = {"layer": registration.layer, "batch_key": registration.batch_key, "labels_key": registration.labels_key}
     for argument, key in keys.items():
@@ -284,8 +321,8 @@ def _parse(record: Any) -> Registration:
     return Registration(layer, batch_key, labels_key, use_raw=use_raw is not None)
 
 
-def _scvi_registration(adata: AnnData) -> Registration:
-    """Registration that scvi-tools holds for the AnnData; the default, with a warning, if it holds none."""
+def _scvi_registration(adata: AnnData) -> Registration | None:
+    """Registration that scvi-tools holds for the AnnData; None, with a warning, if it holds none."""
     for manager in _scvi_managers(str(adata.uns[_SCVI_ADATA])):
         if manager.id == str(adata.uns.get(_SCVI_MANAGER, manager.id)):
             arguments = manager.registry.get("setup_args") or {}
@@ -295,9 +332,9 @@ def _scvi_registration(adata: AnnData) -> Registration:
         "`adata` was registered with scvi-tools in another process, so its layer and batch are not known: "
         "using `X` and no batch. To choose, call setup_anndata(adata, layer=..., batch_key=...).",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
-    return Registration()
+    return None
 
 
 def _scvi_managers(adata_id: str) -> Iterator[Any]:

@@ -104,8 +104,8 @@ def obs_column(adata: AnnData, key: str) -> pd.Series[Any]:
 
 
 def as_text(value: object) -> str:
-    """Text of a name; bytes, as old HDF5 files give them, are decoded."""
-    return value.decode() if isinstance(value, bytes) else str(value)
+    """Text of a name; bytes, as old HDF5 files give them, are decoded, and escaped where they are not UTF-8."""
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def read_embedding(adata: AnnData, use_rep: str) -> NDArray[np.float64]:

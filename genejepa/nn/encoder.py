@@ -103,7 +103,8 @@ class GeneTokenEncoder(nn.Module):
         read = self.latents_of(read_dense(self.tables(), values)).flatten(-2)
         mean = read.mean(0)
         gram = (read - mean).T @ (read - mean)
-        ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+        # Cells that are all alike have no variation, and the system no other solution than one by the ridge.
+        ridge = 1e-4 * gram.diagonal().mean().clamp_min(1e-6) * torch.eye(len(gram))
         weight = torch.linalg.solve(gram + ridge, (read - mean).T @ coordinates)
         self.linear_path.weight.copy_(weight.T)
         self.linear_path.bias.copy_(-(mean @ weight))

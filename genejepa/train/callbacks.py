@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import signal
 import threading
 import time
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from genejepa.data.loader import StepDataset
     from genejepa.train.module import JEPAModule
 
-logger = logging.getLogger(__name__)
-
 
 class HistoryRecorder(Callback):
     """Keep the objectives, the learning rate and the collapse measures of every ``every`` steps.
@@ -35,7 +33,7 @@ class HistoryRecorder(Callback):
     Attributes
     ----------
     rows
-        One dictionary per recorded step.
+        One dictionary per recorded step; it lacks what was not finite, which files do not hold.
     """
 
     def __init__(self, *, every: int, steps_per_epoch: int, monitor: CollapseMonitor) -> None:
@@ -56,13 +54,15 @@ class HistoryRecorder(Callback):
         row = {"step": float(step), "epoch": float((step - 1) // self.steps_per_epoch)}
         row |= {name: float(value) for name, value in module.last_terms.items()}
         row["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
-        if module.last_vectors is not None:
+        if module.last_vectors is not None and bool(module.last_vectors.isfinite().all()):
             row |= self.monitor.judge(module.last_vectors.float().cpu(), step, module.total_steps)
-        self.rows.append(row)
+        self.rows.append({name: value for name, value in row.items() if math.isfinite(value)})
 
 
 class HeldOutLoss(Callback):
     """After every epoch, measure the objectives on held-out cells under fixed masks; stop when they gain no more.
+
+    A loss that is not finite, as 16-bit numbers can give, is no gain and is not recorded.
 
     Attributes
     ----------
@@ -94,7 +94,7 @@ class HeldOutLoss(Callback):
             return
         loss = self._loss(trainer, module)
         module.log("validation_loss", loss)
-        if self.recorder.rows:
+        if self.recorder.rows and math.isfinite(loss):
             self.recorder.rows[-1]["validation_loss"] = loss
         self.n_worse = 0 if loss < self.best else self.n_worse + 1
         self.best = min(self.best, loss)
@@ -185,7 +185,6 @@ class CollapseMonitor:
         if complaint and not self.has_warned and step >= total_steps / 4:
             self.has_warned = True
             message = f"{complaint} (step {step} of {total_steps}).\nFix: raise `diversity` or `information`."
-            logger.warning(message)
             warnings.warn(message, CollapseWarning, stacklevel=2)
         return measures
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genejepa._lightning import LightningModule
-from genejepa.errors import TrainingDivergedError
+from genejepa.errors import ConfigError, TrainingDivergedError
 from genejepa.nn.ema import ema_decay, update_average
 from genejepa.objectives import (
     alignment_loss,
@@ -56,6 +56,11 @@ class JEPAModule(LightningModule):
         State to go on from; weights and moments are taken from it.
     median_depth
         Counts of a median cell over the panel; with the cell's own depth, turns nats per cell into nats per count.
+
+    Raises
+    ------
+    ConfigError
+        If no objective counts, because alignment needs batches.
     """
 
     def __init__(
@@ -70,6 +75,13 @@ class JEPAModule(LightningModule):
     ) -> None:
         super().__init__()
         self.jepa = jepa
+        self._aligns = objectives.alignment > 0 and len(jepa.readout.log_frequency) > 1
+        others = (objectives.prediction, objectives.diversity, objectives.invariance, objectives.depth)
+        if not (self._aligns or objectives.information or any(others)):
+            raise ConfigError(
+                "`alignment` is the only objective, and there are no batches that it could align.",
+                fix="set up a batch_key, or give another objective a weight above 0, such as information=10.",
+            )
         self._start = start
         self._first_step = 0 if start is None else start.step
         self.network: Any = jepa
@@ -119,7 +131,7 @@ class JEPAModule(LightningModule):
                 readout.expected(batch["batch"]),
                 weight=weight,
             )
-        if config.alignment > 0 and len(self.jepa.readout.log_frequency) > 1:
+        if self._aligns:
             terms["alignment"] = torch.stack(
                 [alignment_loss(z, batch["batch"], directions) for z in output.views]
             ).mean()

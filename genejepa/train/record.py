@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from genejepa.config import check_entries
 from genejepa.train.runner import Ending
 
 if TYPE_CHECKING:
@@ -63,12 +64,9 @@ class TrainingRecord:
         ValueError
             If an entry is missing, unknown or of another type.
         """
-        plain = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-        for field in fields(cls):
-            if not isinstance(values[field.name], plain.get(str(field.type), (dict,))):
-                raise ValueError(f"`training` has {field.name}={values[field.name]!r}")
+        check_entries(cls, values)
         numbers = [values["n_cells"], values["steps"], values["seconds"], values["threads"]]
         columns = list(values["history"].values())
-        if min(numbers) < 0 or not all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+        if min(numbers) < 0 or any(len(column) != len(columns[0]) for column in columns):
             raise ValueError("`training` has negative numbers or a history that is no table")
         return cls(**values)

@@ -8,6 +8,7 @@ import math
 import signal
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from genejepa._lightning import SIGTERMException, TQDMProgressBar, Trainer, rank_zero_module
+from genejepa._arithmetic import plain_arithmetic
+from genejepa._lightning import Callback, SIGTERMException, TQDMProgressBar, Trainer, rank_zero_module
 from genejepa._memory import memory_errors
 from genejepa.config import check_at_least, check_one_of, check_range
 from genejepa.data.loader import StepDataset, step_loader
-from genejepa.errors import DeviceError, TrainingDivergedError
+from genejepa.errors import ConfigError, ModelFileError, TrainingDivergedError
 from genejepa.files import check_writable
 from genejepa.train.callbacks import (
     CollapseMonitor,
@@ -31,14 +33,23 @@ from genejepa.train.callbacks import (
     StopRequested,
     StopSignals,
 )
+from genejepa.train.devices import (
+    ACCELERATORS,
+    MOST_THREADS,
+    PRECISIONS,
+    cpu_threads,
+    resolve_accelerator,
+    resolve_arithmetic,
+    resolve_devices,
+)
 from genejepa.train.module import LOG_EVERY, JEPAModule
 from genejepa.train.state import TrainingState, plan_of, require_place, tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from genejepa._lightning import Callback, Logger
+    from genejepa._lightning import Logger
     from genejepa.config import GeneJEPAConfig
     from genejepa.data.normalization import Normalizer
     from genejepa.data.panel import PanelCounts
@@ -49,16 +60,10 @@ logger = logging.getLogger(__name__)
 _N_RECORDS = 100
 """Rows of the history of a full training, about."""
 
-_MIN_GAIN = 1.3
-"""More threads, or bfloat16, must be this much faster in the timing, so that noise does not decide."""
-
 _CHECKPOINT_SIZE = 4
 """Bytes of a checkpoint per byte of weights, about: two moments per trained weight, and the old checkpoint."""
 
 _SCALER = "scaler."
-
-_ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class RunOptions:
 
     Attributes
     ----------
+    accelerator, devices
+        Where; see :func:`genejepa.train.devices.resolve_devices`.
     precision
         A precision of Lightning, or ``auto``: bfloat16 on GPUs that have it and on CPUs where it is faster.
     threads
@@ -78,6 +85,13 @@ class RunOptions:
         Where checkpoints go; None for none.
     checkpoint_minutes, checkpoint_steps
         Time and steps between checkpoints, whichever comes first; None: not by this.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not a possible one.
+    DeviceError
+        If the devices are not there.
     """
 
     accelerator: str = "auto"
@@ -97,13 +111,19 @@ class RunOptions:
     checkpoint_steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_one_of(self, _ACCELERATORS, "accelerator")
-        check_one_of(self, _PRECISIONS, "precision")
+        check_one_of(self, ACCELERATORS, "accelerator")
+        check_one_of(self, PRECISIONS, "precision")
+        resolve_devices(self.devices, resolve_accelerator(self.accelerator))
+        if not isinstance(self.callbacks, Sequence) or not all(isinstance(one, Callback) for one in self.callbacks):
+            raise ConfigError(
+                f"`callbacks` is {str(self.callbacks)[:60]}, expected a list of callbacks.",
+                fix="give instances of subclasses of pytorch_lightning.Callback.",
+            )
         check_at_least(self, 0, "num_workers")
         check_at_least(self, 1, "patience")
         check_range(self, 0.01, 0.99, "train_size")
         if self.threads is not None:
-            check_at_least(self, 1, "threads")
+            check_at_least(self, 1, "threads", high=MOST_THREADS)
         if self.checkpoint_steps is not None:
             check_at_least(self, 1, "checkpoint_steps")
         if self.checkpoint_minutes is not None:
@@ -163,6 +183,8 @@ def train(
     ------
     ConfigError
         If ``start`` is of a training under other settings or on other cells.
+    ModelFileError
+        If ``start`` does not fit the network.
     OutOfMemoryError
         If memory runs out.
     OSError
@@ -185,16 +207,26 @@ class _Run:
         start: TrainingState | None,
     ) -> None:
         self.jepa, self.options, self.start = jepa, options, start
+        self.accelerator = resolve_accelerator(options.accelerator)
+        self.devices = resolve_devices(options.devices, self.accelerator)
+        self.n_devices = len(self.devices) if isinstance(self.devices, list) else self.devices
         held_out_share = {"train_size": options.train_size, "patience": options.patience}
-        self.plan = plan_of(config, counts, early_stopping=held_out_share if options.early_stopping else None)
+        self.plan = plan_of(
+            config,
+            counts,
+            early_stopping=held_out_share if options.early_stopping else None,
+            n_devices=self.n_devices,
+            compile=options.compile,
+        )
         if start is not None:
-            start.require_plan(self.plan)
+            start.require_plan(self.plan, precision=options.precision, threads=options.threads)
         held_out = None
         if options.early_stopping:
             counts, held_out = split_cells(counts, train_size=options.train_size, seed=config.train.seed)
-        self.accelerator = resolve_accelerator(options.accelerator)
         if start is None:
-            self.precision, self.threads = resolve_cpu_settings(options, self.accelerator, n_genes=counts.n_genes)
+            self.precision, self.threads = resolve_arithmetic(
+                options.precision, options.threads, self.accelerator, n_genes=counts.n_genes
+            )
         else:
             self.precision, self.threads = start.precision, start.threads
 
@@ -211,6 +243,11 @@ class _Run:
             median_depth=normalizer.median_depth,
             start=start,
         )
+        if start is not None and start.total_steps != self.module.total_steps:
+            raise ModelFileError(
+                f"the checkpoint is of a training of {start.total_steps} steps, expected {self.module.total_steps}.",
+                fix="remove the checkpoint, and train again.",
+            )
         if options.compile:
             self.module.network = torch.compile(jepa)
         self.monitor = CollapseMonitor()
@@ -255,7 +292,14 @@ class _Run:
         gpus = list(range(torch.cuda.device_count())) if self.accelerator == "cuda" else []
         error = None
         try:
-            with torch.random.fork_rng(devices=gpus), cpu_threads(self.threads), _quiet_lightning(), self.signals:
+            with (
+                torch.random.fork_rng(devices=gpus),
+                cpu_threads(self.threads),
+                plain_arithmetic(self.accelerator),
+                torch.enable_grad(),
+                _quiet_lightning(),
+                self.signals,
+            ):
                 ending, error = self._fit(loader)
         finally:
             self.jepa.eval().to("cpu")
@@ -326,7 +370,7 @@ class _Run:
         if self.scaler is not None:
             names = self.scaler.state_dict()
             self.scaler.load_state_dict(
-                {name: type(old)(start.counters[_SCALER + name]) for name, old in names.items()}
+                {name: type(old)(start.counters.get(_SCALER + name, old)) for name, old in names.items()}
             )
 
     def _save_checkpoint(self) -> None:
@@ -351,9 +395,9 @@ class _Run:
         with _quiet_lightning():
             return Trainer(
                 accelerator=self.accelerator,
-                devices=options.devices,
+                devices=self.devices,
                 # Which read-outs take part depends on the objectives.
-                strategy="auto" if options.devices in (1, "1") else "ddp_find_unused_parameters_true",
+                strategy="auto" if self.n_devices == 1 else "ddp_find_unused_parameters_true",
                 precision=self.precision,  # type: ignore[arg-type]  # Lightning checks the literal itself
                 max_epochs=self.epochs - first_epoch,
                 callbacks=callbacks,
@@ -373,76 +417,6 @@ def split_cells(counts: PanelCounts, *, train_size: float, seed: int) -> tuple[P
     order = np.random.default_rng([seed, 3]).permutation(counts.n_obs)
     n_train = min(max(round(train_size * counts.n_obs), 2), counts.n_obs - 2)
     return counts.subset(np.sort(order[:n_train])), counts.subset(np.sort(order[n_train:]))
-
-
-def resolve_accelerator(accelerator: str) -> str:
-    """Name of the accelerator that ``auto`` stands for here.
-
-    Raises
-    ------
-    DeviceError
-        If a GPU is asked for and torch sees none.
-    """
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise DeviceError(
-            f"`accelerator` is {accelerator!r}, and torch {torch.__version__} sees no CUDA device.",
-            fix="use `accelerator='cpu'`, or install a CUDA build of torch.",
-        )
-    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
-        return "cuda"
-    # On Apple GPUs small dense products of this size gain nothing over the CPU and lack float64 diagnostics.
-    return "cpu" if accelerator == "auto" else accelerator
-
-
-def resolve_cpu_settings(options: RunOptions, accelerator: str, *, n_genes: int) -> tuple[str, int]:
-    """Precision and threads: what the user asked for, else bfloat16 and threads where a timing favours them."""
-    precision, threads = options.precision, options.threads
-    if accelerator == "cuda":
-        if precision == "auto":
-            precision = "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-        return precision, threads or torch.get_num_threads()
-    if accelerator != "cpu":
-        return ("32-true" if precision == "auto" else precision), threads or torch.get_num_threads()
-    if threads is None:
-        most = torch.get_num_threads()
-        candidates = sorted({1, max(1, most // 2), most})
-        timed = {n: time_product(n_genes, threads=n, dtype=torch.float32) for n in candidates}
-        # The fewest threads that are nearly as fast as any: more would only fight other programs for the cores.
-        threads = next(n for n in candidates if timed[n] <= _MIN_GAIN * min(timed.values()))
-    if precision == "auto":
-        plain = time_product(n_genes, threads=threads, dtype=torch.float32)
-        half = time_product(n_genes, threads=threads, dtype=torch.bfloat16)
-        precision = "bf16-mixed" if plain > _MIN_GAIN * half else "32-true"
-    return precision, threads
-
-
-def time_product(n_genes: int, *, threads: int, dtype: torch.dtype, seconds: float = 0.05) -> float:
-    """Mean time in seconds of one read-in product of 256 cells, repeated for about ``seconds``.
-
-    The mean, not the best: threads that wait for a core that another program uses are what a training would meet.
-    """
-    generator = torch.Generator().manual_seed(0)
-    left = torch.randn(256, n_genes, generator=generator).to(dtype)
-    right = torch.randn(n_genes, 256, generator=generator).to(dtype)
-    with cpu_threads(threads):
-        _ = left @ right  # the first call sets up the kernel
-        started = time.perf_counter()
-        repeats = 0
-        while time.perf_counter() - started < seconds:
-            _ = left @ right
-            repeats += 1
-    return (time.perf_counter() - started) / repeats
-
-
-@contextlib.contextmanager
-def cpu_threads(n: int) -> Iterator[None]:
-    """Use ``n`` threads inside the block, and the caller's number after it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -7,21 +7,24 @@ alone; so weights, moments of the optimiser, and the step are enough.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
+from torch import Tensor  # noqa: TC002  # the types of the fields are evaluated
+
 from genejepa.bundle import damaged, parse_json, read_bundle, require_own, write_bundle
+from genejepa.config import GeneJEPAConfig, check_entries
 from genejepa.errors import ConfigError, ModelFileError
 from genejepa.persistence import json_to_bytes, tensors_from_bytes, tensors_to_bytes
+from genejepa.train.devices import MOST_THREADS, PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
     from torch.optim import Optimizer
 
-    from genejepa.config import GeneJEPAConfig
     from genejepa.data.panel import PanelCounts
     from genejepa.jepa import JEPA
 
@@ -29,6 +32,8 @@ _KIND: Final = "checkpoint"
 _VERSION: Final = 1
 _STATE, _TENSORS = "state.json", "tensors.safetensors"
 _WEIGHTS, _MOMENTS = "jepa.", "optimizer."
+_DATA: Final = "data_sha256"
+_MOMENT: Final = re.compile(r"optimizer\.\d{1,9}\.\w+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,28 +95,56 @@ class TrainingState:
         path = directory / _STATE
         if set(files) != {_STATE, _TENSORS}:
             raise damaged(directory, f"it holds the files {sorted(files)}")
-        values = parse_json(files[_STATE], path)
-        kinds = {"int": int, "float": float, "bool": bool, "str": str}
-        for field in fields(cls):
-            if field.name != "tensors":
-                kind = kinds.get(str(field.type), list if field.name == "rows" else dict)
-                if type(values.get(field.name)) is not kind:
-                    raise damaged(path, f"its entry {field.name!r} is {str(values.get(field.name))[:40]!r}")
-        if len(values) != len(fields(cls)) - 1 or not all(isinstance(row, dict) for row in values["rows"]):
-            raise damaged(path, "its entries are not those of a checkpoint")
-        return cls(**values, tensors=tensors_from_bytes(files[_TENSORS], directory / _TENSORS))
+        tensors = tensors_from_bytes(files[_TENSORS], directory / _TENSORS)
+        values = {"tensors": tensors, **parse_json(files[_STATE], path)}
+        try:
+            check_entries(cls, values)
+            state = cls(**values)
+            state._check()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise damaged(path, f"it is not of a training ({error!r})") from error
+        return state
 
-    def require_plan(self, plan: Mapping[str, Any]) -> None:
+    def _check(self) -> None:
+        """Refuse what no training can have left."""
+        if GeneJEPAConfig.from_dict(self.plan["settings"]).to_dict() != self.plan["settings"]:
+            raise ValueError("its settings are incomplete")
+        if not 0 <= self.step <= self.total_steps or self.seconds < 0:
+            raise ValueError(f"it has {self.step} of {self.total_steps} steps in {self.seconds} seconds")
+        if self.precision == "auto" or self.precision not in PRECISIONS or not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"it has the precision {self.precision!r} and {self.threads} threads")
+        if not all("step" in row for row in self.rows):
+            raise ValueError("its history has a row without a step")
+        if ("held_out_best" in self.counters) != ("held_out_worse" in self.counters):
+            raise ValueError("its counters are incomplete")
+        if not all(name.startswith(_WEIGHTS) or _MOMENT.fullmatch(name) for name in self.tensors):
+            raise ValueError("it holds tensors that are neither weights nor moments")
+
+    def require_plan(self, plan: Mapping[str, Any], *, precision: str = "auto", threads: int | None = None) -> None:
         """Refuse to go on under other settings or on other data.
+
+        Parameters
+        ----------
+        plan
+            As :func:`plan_of` gives it.
+        precision, threads
+            What was asked for; ``auto`` and None take those of this state.
 
         Raises
         ------
         ConfigError
             Naming every difference, old and new.
         """
-        before, now = _flat(self.plan), _flat(plan)
+        own = {"precision": self.precision, "threads": self.threads}
+        asked = {
+            "precision": self.precision if precision == "auto" else precision,
+            "threads": self.threads if threads is None else threads,
+        }
+        before, now = _flat({**self.plan, **own}), _flat({**plan, **asked})
         changes = [
-            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            "the cells, genes or batches are others"
+            if name == _DATA
+            else f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name)
         ]
@@ -132,14 +165,17 @@ class TrainingState:
         weights = {name.removeprefix(_WEIGHTS): t for name, t in self.tensors.items() if name.startswith(_WEIGHTS)}
         try:
             jepa.load_state_dict(weights)
-        except RuntimeError as error:
+            if optimizer is not None:
+                moments = self._moments()
+                if self.step and not moments and self.precision != "16-mixed":  # whose first steps may be left out
+                    raise ValueError("there are no moments")
+                _require_shapes(moments, optimizer)
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        except (RuntimeError, ValueError) as error:
             raise ModelFileError(
                 f"the checkpoint does not fit the network: {error}.", fix="remove the checkpoint, and train again."
             ) from error
-        if optimizer is not None:
-            optimizer.load_state_dict(
-                {"state": self._moments(), "param_groups": optimizer.state_dict()["param_groups"]}
-            )
 
     def _moments(self) -> dict[int, dict[str, Tensor]]:
         moments: dict[int, dict[str, Tensor]] = {}
@@ -148,6 +184,18 @@ class TrainingState:
                 _, index, moment = name.split(".")
                 moments.setdefault(int(index), {})[moment] = tensor.clone()  # the optimiser changes them in place
         return moments
+
+
+def _require_shapes(moments: Mapping[int, Mapping[str, Tensor]], optimizer: Optimizer) -> None:
+    """Refuse moments that are not those of the weights; an optimiser would take any, and fail in its first step."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, found in moments.items():
+        if index >= len(weights):
+            raise ValueError(f"there are moments of weight {index}, expected {len(weights)} weights")
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        expected = {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(weights[index].shape))}
+        if shapes != expected:
+            raise ValueError(f"the moments of weight {index} have the shapes {shapes}, expected {expected}")
 
 
 def require_place(directory: Path) -> None:
@@ -176,7 +224,7 @@ def plan_of(config: GeneJEPAConfig, counts: PanelCounts, **options: object) -> d
     for array in (counts.indptr, counts.indices, counts.data, counts.batch):
         if array is not None:
             digest.update(array.tobytes())
-    return {"settings": config.to_dict(), "options": options, "data_sha256": digest.hexdigest()}
+    return {"settings": config.to_dict(), "options": options, _DATA: digest.hexdigest()}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -55,6 +55,15 @@ def test_markers_are_chosen_and_nothing_is_changed(counts: sparse.csr_matrix) ->
     assert pickle.dumps((random.getstate(), np.random.get_state())) == state  # noqa: NPY002
 
 
+@pytest.mark.parametrize("least", [0.9, 1 / 64], ids=["one value", "all values"])
+def test_values_below_one_count_as_they_are(counts: sparse.csr_matrix, least: float) -> None:
+    values = counts.toarray() * (1 if least == 0.9 else np.float32(least))
+    values[7] = 0
+    values[7, 20] = least
+    panel = select_panel(sparse.csr_matrix(values[:, ::-1]), names_of("gene", N_VARS), n_genes=N_MARKERS)
+    assert panel.tolist() == list(range(N_VARS - N_MARKERS, N_VARS))
+
+
 @pytest.mark.parametrize("n_genes", [None, N_VARS - 2, N_VARS, 2000])
 def test_all_genes_with_a_count_if_there_are_no_more(counts: sparse.csr_matrix, n_genes: int | None) -> None:
     counts = sparse.csr_matrix(np.vstack([counts.toarray(), np.zeros(N_VARS)]))
@@ -224,6 +233,53 @@ def test_check_unique_accepts_distinct_names() -> None:
     check_unique(names_of("g", 4), np.arange(4))
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("TP53", "TP53 "), ("Å-gène", "A\u030a-ge\u0300ne")], ids=["white space", "Unicode form"]
+)
+@pytest.mark.parametrize("gene_symbols", [None, "symbol"])
+def test_names_that_a_model_could_not_tell_apart(
+    adata: anndata.AnnData, first: str, second: str, gene_symbols: str | None
+) -> None:
+    """Row 34: names that are equal when genes are looked for are refused like equal ones."""
+    names = [first, second, *adata.var_names[2:]]
+    if gene_symbols is None:
+        adata.var_names = names
+    else:
+        adata.var[gene_symbols] = names
+    with pytest.raises(DataError, match=r"1 duplicated names .* x2; the first is at positions \[0, 1\] as '") as caught:
+        resolve_panel(adata.X, adata.var, n_genes=None, gene_symbols=gene_symbols)
+    scope = {"adata": adata}
+    exec(caught.value.fix, scope)
+    panel = resolve_panel(scope["adata"].X, scope["adata"].var, n_genes=None, gene_symbols=gene_symbols)
+    assert len(panel) == N_VARS - 3  # two genes have no counts
+
+
+@pytest.mark.parametrize("table", ["var", "raw.var"])
+@pytest.mark.parametrize("gene_symbols", [None, "symbol"])
+def test_names_that_no_file_can_hold(adata: anndata.AnnData, table: str, gene_symbols: str | None) -> None:
+    names = ["A", "B\udcff", *adata.var_names[2:]]
+    adata.var["symbol"] = names
+    adata.var_names = names
+    adata.raw = adata
+
+    def read() -> NDArray[np.object_]:
+        var = adata.raw.var if table == "raw.var" else adata.var
+        return gene_names(var, gene_symbols=gene_symbols, table=table)
+
+    with pytest.raises(DataError, match=r"has 1 names that cannot be written as UTF-8: 'B\\udcff'; expected") as caught:
+        read()
+    exec(caught.value.fix, {"adata": adata})
+    assert read()[1] == "B\\udcff"
+
+
+def test_names_that_were_read_already_are_not_read_again(adata: anndata.AnnData) -> None:
+    adata.var["number"] = np.arange(N_VARS)
+    with pytest.warns(DataWarning, match="names of type int"):
+        names = gene_names(adata.var, gene_symbols="number")
+    panel = resolve_panel(adata.X, adata.var, n_genes=N_MARKERS, gene_symbols="number", names=names)
+    assert panel.tolist() == list(range(N_MARKERS))
+
+
 def test_antibodies_are_left_out(adata: anndata.AnnData) -> None:
     adata.var["feature_types"] = np.where(np.arange(N_VARS) < 2, "Antibody Capture", "Gene Expression")
     names = adata.var_names.to_numpy(dtype=object).copy()
@@ -260,6 +316,7 @@ def test_gene_names(values: Any) -> None:
     [
         pytest.param([7, 8], ["7", "8"], "int", id="row 36: integers"),
         pytest.param([b"TP53", b"B"], ["TP53", "B"], "bytes", id="row 38: bytes"),
+        pytest.param([b"TP53", b"B\xff"], ["TP53", r"B\xff"], "bytes", id="row 38: bytes that are no text"),
     ],
 )
 @pytest.mark.parametrize("in_index", [True, False], ids=["index", "column"])

@@ -255,6 +255,25 @@ def test_training_values_are_centred_with_a_mean_variance_of_one(counts: PanelCo
     assert values.var(axis=0).max() > 2 * values.var(axis=0)[values.var(axis=0) > 0].min()
 
 
+def test_one_rule_for_the_depth_of_cells_whose_values_add_up_to_less_than_one(
+    dense: NDArray[np.float32], as_panel: Callable[[NDArray[np.float32]], PanelCounts]
+) -> None:
+    small = as_panel(dense[dense.sum(1) > 0] / np.float32(2**13))
+    assert cell_depth(small).max() < 1
+    values, _ = Normalizer.fit(small, transform="sqrt").dense(small, np.arange(small.n_obs))
+    np.testing.assert_allclose(values.mean(0), 0, atol=1e-5)
+
+
+@each_transform
+def test_rounding_is_not_taken_for_variation(
+    transform: Transform, as_panel: Callable[[NDArray[np.float32]], PanelCounts]
+) -> None:
+    alike = as_panel(np.outer(np.arange(1000) % 59 + 1, np.arange(1, 31)).astype(np.float32))  # they differ in depth
+    normalizer = Normalizer.fit(alike, transform=transform)
+    noise = sampling_deviation(normalizer.frequency.astype(np.float64) * normalizer.median_depth, transform)
+    np.testing.assert_allclose(normalizer.scale, noise, rtol=1e-4)
+
+
 @each_transform
 def test_absent_genes_do_not_look_like_a_shallow_cell(
     counts: PanelCounts, dense: NDArray[np.float32], transform: Transform

@@ -140,6 +140,15 @@ def test_without_thinning_the_views_read_the_very_same_values(counts: PanelCount
     assert torch.equal(batch["values"], batch["whole_values"])
 
 
+def test_fractional_values_are_not_thinned(counts: PanelCounts) -> None:
+    corrected = replace(counts, data=np.where(np.arange(len(counts.data)) % 3, counts.data, 0.9 * counts.data))
+    assert make_dataset(corrected, thinned_fraction=1.0)[0]["thinned"].all()
+    expected = replace(counts, data=0.37 * counts.data)  # no molecules that could be lost
+    batch = make_dataset(expected, thinned_fraction=1.0)[0]
+    assert not batch["thinned"].any()
+    assert torch.equal(batch["values"], batch["whole_values"])
+
+
 def test_depths_are_log_uniform(counts: PanelCounts, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[NDArray[np.float64]] = []
 

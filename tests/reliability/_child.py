@@ -256,6 +256,9 @@ def write_as_nobody(report: Report, *, directory: str) -> None:
 
 def train_in_little_memory(report: Report, *, megabytes: int, batch_size: int | Literal["auto"], n_obs: int) -> None:
     """Train while the process may take only so much more memory."""
+    from genejepa.errors import CollapseWarning
+
+    warnings.simplefilter("ignore", CollapseWarning)  # of few steps with whatever batches there is memory for
     model = make_model(n_obs=n_obs, n_vars=2000)
     size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGESIZE")
     error = None
@@ -408,6 +411,19 @@ def writers(target: Path) -> dict[str, Callable[[int], None]]:
         "h5ad": lambda i: write_cells(cells[i], target),
         "csv": lambda i: write_tables([cells[i].to_df()], target),
         "report": lambda i: _ignore(write_report(target, title=f"Report {i}", facts={"Cells": "60 " * (100 + i)})),
+    }
+
+
+def outputs() -> dict[str, Callable[[Path], None]]:
+    """Writers of the files that a user names."""
+    from genejepa.cli.output import write_cells, write_tables
+    from genejepa.report import write_report
+
+    cells = make_adata(n_obs=4, n_vars=3)
+    return {
+        "h5ad": lambda path: write_cells(cells, path),
+        "csv": lambda path: write_tables([cells.to_df()], path),
+        "report": lambda path: _ignore(write_report(path, title="Report", facts={})),
     }
 
 

@@ -36,6 +36,24 @@ HERE = Path(__file__).parent
 # Profiles and figures
 
 
+FIGURES = pytest.StashKey[dict[str, Any]]()
+SHOWN = {
+    "rows of the catalogue tested": "rows of the catalogue tested",
+    "rows set aside": "set aside",
+    "checks": "checks of an embedder",
+    "cases": "random AnnData",
+    "failures": "of them failed",
+}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print how much was tried."""
+    figures = config.stash.get(FIGURES, {})
+    shown = [f"{figures[name]} {words}" for name, words in SHOWN.items() if name in figures]
+    if shown:
+        terminalreporter.write_line(f"reliability: {', '.join(shown)}")
+
+
 @dataclass(frozen=True)
 class Profile:
     """How long the tests may take."""
@@ -74,6 +92,7 @@ def record_figure(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
     """Append a measured figure, with its name and that of the test, to the file that GENEJEPA_FIGURES names."""
 
     def record(name: str, value: Any) -> None:
+        request.config.stash.setdefault(FIGURES, {})[name] = value
         path = os.environ.get("GENEJEPA_FIGURES")
         if path:
             line = json.dumps({"test": request.node.nodeid, "name": name, "value": value})

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import stat
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +13,7 @@ import pytest
 
 from genejepa import bundle, files
 from genejepa.bundle import MANIFEST, is_bundle, read_bundle, remove_bundle, write_bundle
-from genejepa.errors import ModelFileError
+from genejepa.errors import DataError, ModelFileError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +70,7 @@ class Recorder:
         self.before = {name: (directory / name).read_bytes() for name in names}
         self.file_of = {name: number for number, name in enumerate(names)}
         self.log: list[Operation] = []
-        self._patch(patch, tempfile, "mkstemp", self._created)
+        self._patch(patch, os, "open", self._opened)
         self._patch(patch, Path, "write_bytes", self._written)
         self._patch(patch, os, "fsync", self._flushed)
         self._patch(patch, os, "replace", self._renamed)
@@ -88,8 +87,10 @@ class Recorder:
 
         patch.setattr(owner, name, noted)
 
-    def _created(self, made: tuple[int, str], *_: object) -> None:
-        name = Path(made[1]).name
+    def _opened(self, _: object, path: Path | str, *__: object) -> None:
+        if not isinstance(path, Path) or path.suffix != ".tmp":  # the lock, or a directory to flush
+            return
+        name = path.name
         self.file_of[name] = 1 + max(self.file_of.values(), default=0)
         self.log.append(Operation("create", name, self.file_of[name]))
 
@@ -362,6 +363,56 @@ def test_a_directory_of_others_is_left_as_it_is(tmp_path: Path, overwrite: bool)
     with pytest.raises(FileExistsError, match=r"not of genejepa: it holds 'data'\. Nothing was.*\nFix: choose"):
         write_bundle(tmp_path, NEW, kind="model", version=1, overwrite=overwrite)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "notes.txt"]
+
+
+FOREIGN = {
+    "an application": b'{"name": "My app", "start_url": "/"}',
+    "a list": b'["a.js"]',
+    "too large": b'{"a": "' + bytes(1 << 17).replace(b"\0", b"a") + b'"}',
+}
+
+
+@pytest.mark.parametrize("beside", [[], ["index.html"]], ids=["alone", "with others"])
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_manifest_of_others_is_left_as_it_is(tmp_path: Path, content: bytes, beside: list[str]) -> None:
+    """Row 110: the name is not ours alone."""
+    for name in beside:
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(FileExistsError, match=r"not of genejepa: it holds '(manifest\.json|index\.html)'.*\nFix: "):
+        write(tmp_path, NEW)
+    remove_bundle(tmp_path)
+    assert (tmp_path / MANIFEST).read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([MANIFEST, *beside])
+
+
+def test_a_bundle_whose_manifest_is_damaged_can_be_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "model", OLD)
+    (tmp_path / "model" / MANIFEST).write_bytes(b"")
+    write(tmp_path / "model", NEW)
+    assert read(tmp_path / "model") == NEW
+
+
+def test_a_manifest_that_comes_and_goes_is_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "model", OLD)
+    stat_of = Path.stat
+
+    def vanished(path: Path, **options: Any) -> os.stat_result:
+        if path.name == MANIFEST:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return stat_of(path, **options)
+
+    monkeypatch.setattr(bundle, "is_bundle", lambda _: True)
+    monkeypatch.setattr(Path, "stat", vanished)
+    with pytest.raises(ModelFileError, match=r"manifest\.json cannot be read: .*No such file.*\nFix: "):
+        read_bundle(tmp_path / "model", kind="model", version=1)
+
+
+def test_files_that_could_not_be_read_are_not_written(tmp_path: Path) -> None:
+    write(tmp_path / "model", OLD)
+    with pytest.raises(DataError, match=r"genes\.csv would have 16,777,217 bytes, expected at most .*\nFix: "):
+        write(tmp_path / "model", {**NEW, "genes.csv": bytes((1 << 24) + 1)})
+    assert read(tmp_path / "model") == OLD
 
 
 def test_a_bundle_is_not_replaced_unless_asked_for(tmp_path: Path) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import pickle
 import threading
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from genejepa import errors
 from genejepa.model import GeneJEPA
 
 if TYPE_CHECKING:
@@ -75,3 +81,20 @@ def test_threads_may_write_one_directory(jobs: ModuleType, tmp_path: Path) -> No
         thread.join()
     assert errors == []
     assert GeneJEPA.load(tmp_path / "model").weights_sha256() in {model.weights_sha256() for model in models}
+
+
+ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GeneJEPAError)]
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_every_error_reaches_another_process(kind: type[errors.GeneJEPAError]) -> None:
+    """A pool of processes sends errors as pickles, and waits for ever for one that cannot be read."""
+    error = kind("`X` holds nothing.", fix="fill it.")
+    if isinstance(error, OSError):
+        error.errno = errno.ENOSPC
+    error.add_note("while testing")
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(other) is kind
+        assert str(other) == str(error) == "`X` holds nothing.\nFix: fill it."
+        assert (other.problem, other.fix, other.__notes__) == (error.problem, error.fix, ["while testing"])
+        assert getattr(other, "errno", None) == getattr(error, "errno", None)

@@ -14,10 +14,11 @@ import pytest
 from scipy import sparse
 
 import genejepa
+from genejepa.data.containers import _Dense
 from genejepa.data.counts import check_counts, open_counts, panel_counts
 from genejepa.data.inputs import as_anndata
 from genejepa.data.slots import CountSlot
-from genejepa.errors import DataError, DataWarning
+from genejepa.errors import DataError, DataWarning, OutOfMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -260,9 +261,7 @@ def test_backed(
     adata = anndata.read_h5ad(stored, backed=mode)
     for options in ({}, {"layer": "counts"}, {"use_raw": True}):
         np.testing.assert_array_equal(model.get_latent_representation(adata, **options), vectors)
-    counts = open_counts(adata, X)
-    assert not counts.in_memory
-    assert len(list(counts.blocks())) > 2
+    assert len(list(open_counts(adata, X).blocks())) > 2
     assert genejepa.GeneJEPA(adata, **tiny_settings).genes == model.genes
     model.embed(adata)
     np.testing.assert_array_equal(adata.obsm["X_genejepa"], vectors)
@@ -317,9 +316,54 @@ def test_zarr(cells: anndata.AnnData, model: genejepa.GeneJEPA, vectors: NDArray
         anndata.io.write_elem(group, name, matrix)
         stored = group[name] if name == "dense" else anndata.io.sparse_dataset(group[name])
         adata = anndata.AnnData(stored, obs=cells.obs, var=cells.var)
-        assert not open_counts(adata, X).in_memory
+        assert len(list(open_counts(adata, X).blocks())) > 2
         np.testing.assert_array_equal(model.get_latent_representation(adata), vectors)
         np.testing.assert_array_equal(model.get_latent_representation(adata[7:31]), vectors[7:31])
+
+
+@pytest.mark.parametrize("error", [EOFError("cut off"), IndexError(), TypeError("no chunk")], ids=repr)
+@pytest.mark.parametrize("when", ["opened", "read"])
+def test_whatever_a_container_raises(error: Exception, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 65: a chunk of a zarr store that is cut off, a mistake in a dask graph."""
+    adata = adata_of(dense_counts())
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(*(("genejepa.data.counts.open_rows", fail) if when == "opened" else (_Dense, "between", fail)))
+    message = rf"`X` cannot be read \(any more\): {str(error) or 'IndexError'}\nFix: "
+    with pytest.raises(DataError, match=message) as caught:
+        open_counts(adata, X).rows(0, 5)
+    assert caught.value.__cause__ is error
+
+
+def test_a_warning_that_is_an_error_stays_a_warning() -> None:
+    adata = adata_of(dense_counts().astype(object))
+    with pytest.raises(DataWarning, match="numbers as Python objects"):  # warnings are errors in these tests
+        open_counts(adata, X)
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("genejepa.data.containers._Dense.between", lambda adata: open_counts(adata, X).rows(0, 5)),
+        ("scipy.sparse.vstack", lambda adata: open_counts(adata, X).to_csr()),
+        ("genejepa.data.counts._panel_rows", genejepa.GeneJEPA),
+        ("genejepa.data.genes._expressed_genes", genejepa.GeneJEPA),
+        ("torch.svd_lowrank", lambda adata: genejepa.GeneJEPA(adata[adata.X.any(1)]).train()),
+    ],
+    ids=["rows", "all rows", "panel", "choice of genes", "principal axes"],
+)
+def test_memory_that_runs_out(
+    where: str, call: Callable[[anndata.AnnData], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("Unable to allocate 7 TiB.\nIt is much.")
+
+    monkeypatch.setattr(where, fail)
+    message = r"memory has run out while [\w `]+: Unable to allocate 7 TiB\.\nFix: \w+"
+    with pytest.raises(OutOfMemoryError, match=message):
+        call(adata_of(dense_counts()))
 
 
 def test_lazily_read_tables() -> None:
@@ -338,7 +382,7 @@ def test_dask(kind: str, model: genejepa.GeneJEPA, cells: anndata.AnnData, vecto
     if kind != "dense":
         lazy = lazy.map_blocks(getattr(sparse, kind), dtype=values.dtype)
     adata = anndata.AnnData(lazy, obs=cells.obs, var=cells.var)
-    assert not open_counts(adata, X).in_memory
+    assert len(list(open_counts(adata, X).blocks())) > 2
     np.testing.assert_array_equal(model.get_latent_representation(adata), vectors)
     order = np.random.default_rng(0).permutation(60)
     np.testing.assert_array_equal(model.get_latent_representation(adata[order]), vectors[order])

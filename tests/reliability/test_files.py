@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import stat
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ import pytest
 
 from genejepa import files
 from genejepa.cli.output import _PatientFile
-from genejepa.errors import CheckpointWarning, OutOfDiskError
+from genejepa.errors import CheckpointWarning, ConfigError, OutOfDiskError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -140,6 +139,42 @@ def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert [temporary.exists() for temporary in abandoned] == [False, True, True]
 
 
+def test_a_link_stays_a_link_and_what_it_leads_to_is_replaced(tmp_path: Path, jobs: ModuleType) -> None:
+    """Row 104: an output that lies on another disk."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for name, write in jobs.outputs().items():
+        (tmp_path / name).symlink_to(disk / name)
+        for _ in range(2):  # what it leads to is not there, then it is
+            write(tmp_path / name)
+            assert (tmp_path / name).is_symlink(), name
+            assert (disk / name).stat().st_size > 0, name
+    assert sorted(path.name for path in disk.iterdir()) == sorted(jobs.outputs())
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "directory", "link to a fifo"])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path, jobs: ModuleType, kind: str) -> None:
+    """Row 104: a device as output, which a superuser could replace."""
+    path = tmp_path / "target"
+    elsewhere = tmp_path / "elsewhere" / "fifo"
+    elsewhere.parent.mkdir()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        os.mkfifo(elsewhere)
+        path.symlink_to(elsewhere)
+    before = path.stat()
+    for write in (lambda path: files.write_atomically(path, NEW), *jobs.outputs().values()):
+        with pytest.raises((FileExistsError, ConfigError), match=r"(is not a regular file|is a folder).*\nFix: "):
+            write(path)
+    assert path.stat() == before
+    assert neighbours(path) == ["elsewhere", "target"]
+
+
 def test_a_file_system_that_loses_bytes_is_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = Path.write_bytes
     monkeypatch.setattr(Path, "write_bytes", lambda file, data: write(file, data[:-1]))
@@ -162,6 +197,14 @@ def test_files_get_the_permissions_that_umask_allows(
         assert os.umask(umask) == umask  # as it was
     finally:
         os.umask(before)
+
+
+def test_the_umask_of_other_threads_is_left_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(_: int) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(os, "umask", changed)
+    files.write_atomically(path, NEW)
 
 
 # Faults of the file system, for every writer
@@ -201,7 +244,7 @@ class Fault:
         self.number, self.skip = number, skip
         self.has_fired = False
         if operation == "open":
-            self._patch(patch, tempfile, "mkstemp")
+            self._patch(patch, os, "open", when=lambda path, *_: str(path).endswith(".tmp"))
         elif operation == "write":
             self._patch(patch, Path, "write_bytes", before=lambda file, _: leave_half(file))
             self._patch_h5ad(patch)

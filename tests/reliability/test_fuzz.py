@@ -106,12 +106,14 @@ def expected_training(case: Case) -> Expected:
     if not case.readable:
         return expected
     counts = _look_at_values(expected, case, np.arange(len(case.names)))
+    if len(counts) < 4:
+        expected.faults.append((DataError, "`adata`"))
     if _lacks_names(case):
         return expected
     panel = [j for j in range(len(case.names)) if case.is_gene[j] and (counts[:, j] > 0).any()]
     names = [text(name) for name in case.names]
-    repeated = Counter(name for name, is_gene in zip(names, case.is_gene, strict=True) if is_gene)
-    if any(repeated[names[j]] > 1 for j in panel):
+    repeated = Counter(clean(name) for name, is_gene in zip(names, case.is_gene, strict=True) if is_gene)
+    if any(repeated[clean(names[j])] > 1 for j in panel):
         expected.faults.append((DataError, f"`{case.table}_names`"))
     if len(panel) < 2:
         expected.faults.append((DataError, f"`{case.slot}`" if panel else f"`{case.table}`"))
@@ -393,8 +395,6 @@ def _train(case: Case, *, n_genes: int | None) -> Iterator[str]:
 def _check(case: Case, model: Model) -> Iterator[str]:
     """A report has an error if, and only if, a training or an embedding would be refused."""
     training = expected_training(case)
-    if not _lacks_names(case):  # repeated names are a warning: they matter only if they are chosen
-        training.faults = [fault for fault in training.faults if fault != (DataError, f"`{case.table}_names`")]
     embedding = expected_embedding(case, model.share, corrects=model.corrects)
     asked = {"model": model.trained, **case.arguments}
     if case.arguments and model.corrects:  # a report on what is asked for leaves out what is declared

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anndata
@@ -19,7 +20,7 @@ import pytest
 
 import genejepa
 from genejepa.data.inputs import read_cells
-from genejepa.errors import ConfigError, DataError, ModelFileError, ModelVersionError
+from genejepa.errors import ConfigError, DataError, ModelFileError, ModelVersionError, OutOfMemoryError
 from genejepa.model import GeneJEPA
 from genejepa.persistence import load_model
 from genejepa.train.state import TrainingState
@@ -29,7 +30,6 @@ from tests.reliability._mutations import CHANGED, changed_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.reliability.conftest import Profile
 
@@ -334,22 +334,20 @@ except ModelFileError as error:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")
-def test_files_that_may_not_be_read(good: dict[str, bytes], tmp_path: Path) -> None:
+def test_files_that_may_not_be_read(good: dict[str, bytes], public_path: Path) -> None:
     """Row 104: the error names the path and says that permission is missing."""
     for name in ("open", "closed"):
-        cells().write_h5ad(tmp_path / f"{name}.h5ad")
-        forge(tmp_path / name, good)
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
-    for path in (tmp_path / "closed.h5ad", *files_of(tmp_path / "closed")):
+        cells().write_h5ad(public_path / f"{name}.h5ad")
+        forge(public_path / name, good)
+    for path in (public_path / "closed.h5ad", *files_of(public_path / "closed")):
         path.chmod(0o000)
     done = subprocess.run(
-        [sys.executable, "-c", AS_NOBODY, tmp_path], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", AS_NOBODY, public_path], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Permission denied") == 2
-    assert str(tmp_path / "closed.h5ad") in done.stdout
-    assert str(tmp_path / "closed" / MANIFEST) in done.stdout
+    assert str(public_path / "closed.h5ad") in done.stdout
+    assert str(public_path / "closed" / MANIFEST) in done.stdout
     assert "\nFix: " in done.stdout
 
 
@@ -418,7 +416,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str]] = 
     "configuration missing": (lambda good: {k: v for k, v in good.items() if k != CONFIG}, "config.json.*missing"),
     "weights missing": (lambda good: {k: v for k, v in good.items() if k != TENSORS}, "tensors.safetensors.*missing"),
     "gene that occurs twice": (lambda good: {**good, GENES: good[GENES].replace(b"CD3E", b"ACTB")}, "occurs twice"),
-    "gene without a number": (lambda good: {**good, GENES: good[GENES].replace(b"CD3E,", b"CD3E,nan,")}, "genes.csv"),
+    "gene without a number": (lambda good: {**good, GENES: good[GENES].replace(b'CD3E",', b'CD3E",nan,')}, "genes.csv"),
     "frequency of zero": (lambda good: {**good, GENES: _last_number(good[GENES], b"0.0")}, "genes.csv.*not a possible"),
     "other number of genes": (lambda good: {**good, GENES: good[GENES] + b"TP53,1.0,1.0,0.1\n"}, "size mismatch"),
     "section missing": (lambda good: with_config(good, lambda c: c.pop("training")), "training"),
@@ -533,7 +531,7 @@ def test_a_checkpoint_of_another_training_lists_every_difference(written: Path) 
     message = str(caught.value)
     assert "settings.model.embedding_dim was 1 and is 3" in message
     assert "settings.train.learning_rate was 0.002 and is 0.5" in message
-    assert "data_sha256 was " in message
+    assert "the cells, genes or batches are others" in message
     assert "\nFix: " in message
     assert not model.is_trained
 
@@ -559,6 +557,49 @@ def test_a_lightning_checkpoint_is_not_opened(tmp_path: Path) -> None:
         assert not model.is_trained
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
     assert path.read_bytes() == b"\x80\x04K\x01."
+
+
+# Names of genes ---------------------------------------------------------------------------------------
+
+ODD_NAMES = ["TP53\r", "a\nb", "a\r\nb", 'say "CD4"', "a,b", " CD4", "'", "a\x00b", "a\u2028b", "α", "#", "1e5"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_whatever_the_genes_are_called_a_model_that_was_saved_can_be_loaded(
+    name: str, written: Path, tmp_path: Path
+) -> None:
+    model = GeneJEPA.load(written / "model")
+    model.genes[1] = name
+    model.save(tmp_path / "model")
+    loaded = GeneJEPA.load(tmp_path / "model")
+    assert loaded.genes == model.genes
+    assert loaded.weights_sha256() == model.weights_sha256()
+
+
+def test_a_name_that_no_file_can_hold_is_refused_and_the_old_model_stays(written: Path, tmp_path: Path) -> None:
+    model = GeneJEPA.load(written / "model")
+    model.save(tmp_path / "model")
+    before = snapshot(tmp_path)
+    model.genes[1] = "TP\udc80"
+    with pytest.raises(DataError, match=r"1 of 3 gene names cannot be encoded as UTF-8.*'TP\\udc80'.*\nFix: rename"):
+        model.save(tmp_path / "model", overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_model_that_does_not_fit_into_memory_is_told_as_such(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_torch(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
+
+    def of_python(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.load", of_torch)
+        with pytest.raises(OutOfMemoryError, match=r"reading a model(?s:.*)\nFix: "):
+            GeneJEPA.load(written / "model")
+    monkeypatch.setattr(Path, "read_bytes", of_python)
+    with pytest.raises(OutOfMemoryError, match=r"reading .*manifest\.json\.\nFix: "):
+        GeneJEPA.load(written / "model")
 
 
 # Rows 109 and 110: places that cannot be written to ---------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 from genejepa._lightning import Callback
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     import anndata
+    from torch import Tensor
 
     from genejepa._lightning import LightningModule, Trainer
 
@@ -317,8 +320,8 @@ def test_a_finished_training_is_not_repeated(
         ({"embedding_dim": 16}, {}, r"settings\.model\.embedding_dim was 8 and is 16"),
         ({"information": 5.0}, {}, r"settings\.objectives\.information was 10\.0 and is 5\.0"),
         ({"n_blocks": 4, "dim": 8}, {}, r"masks\.n_blocks was 8 and is 4; settings\.model\.dim was 16 and is 8"),
-        ({"n_genes": 39, "mask_var": None}, {}, r"data_sha256 was '\w+' and is '\w+'"),
-        ({"batch_key": "batch"}, {}, r"data_sha256 was '\w+' and is '\w+'"),
+        ({"n_genes": 39, "mask_var": None}, {}, "the cells, genes or batches are others"),
+        ({"batch_key": "batch"}, {}, "the cells, genes or batches are others"),
     ],
 )
 def test_other_settings_or_cells_are_refused(
@@ -339,6 +342,33 @@ def test_other_settings_or_cells_are_refused(
     assert jobs.content_of(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"precision": "bf16-mixed"}, "precision was '32-true' and is 'bf16-mixed'"),
+        ({"threads": 2}, "threads was 1 and is 2"),
+        ({"devices": 2}, "options.n_devices was 1 and is 2"),
+        ({"compile": True}, "options.compile was False and is True"),
+    ],
+)
+@pytest.mark.parametrize("stop_after", [2, 3], ids=["stopped", "finished"])
+def test_arithmetic_that_would_give_other_bits_is_refused(
+    options: dict[str, Any],
+    named: str,
+    stop_after: int,
+    make_model: Callable[..., GeneJEPA],
+    train: Callable[..., Watcher],
+    tmp_path: Path,
+) -> None:
+    train(make_model(), tmp_path, stop_after=stop_after, max_epochs=1)
+    model = make_model()
+    with pytest.raises(ConfigError, match=rf"the training cannot be resumed: {named}\.\nFix: "):
+        train(model, tmp_path, resume=True, max_epochs=1, **options)
+    train(model, tmp_path, resume=True, max_epochs=1, precision="auto", threads=None)
+    assert model.record is not None
+    assert (model.record.precision, model.record.threads) == ("32-true", 1)
+
+
 def test_one_changed_count_is_noticed(
     make_model: Callable[..., GeneJEPA], train: Callable[..., Watcher], jobs: ModuleType, tmp_path: Path
 ) -> None:
@@ -351,7 +381,7 @@ def test_one_changed_count_is_noticed(
     adata.X = sparse.csr_matrix(dense)
     changed = GeneJEPA(adata, **jobs.SETTINGS)
     assert changed.genes == model.genes
-    with pytest.raises(ConfigError, match="data_sha256"):
+    with pytest.raises(ConfigError, match="the cells, genes or batches are others"):
         train(changed, tmp_path, resume=True, max_epochs=3)
 
 
@@ -368,6 +398,82 @@ def test_a_refused_resume_can_be_mended(
         train(model, tmp_path, resume=True, learning_rate=1e-5, **options)
     train(model, tmp_path, resume=True, **options)
     check_equal(model, reference_of("dropout and thinning"))
+
+
+IMPOSSIBLE: dict[str, dict[str, Any]] = {
+    "threads that nobody has": {"threads": 10**6},
+    "no threads": {"threads": 0},
+    "unknown precision": {"precision": "64-true"},
+    "open precision": {"precision": "auto"},
+    "more steps than there are": {"step": 4},
+    "negative step": {"step": -1},
+    "another number of steps": {"total_steps": 300},
+    "no settings": {"plan": {}},
+    "settings of another kind": {"plan": {"settings": [1]}},
+    "settings in part": {"plan": {"settings": {}}},
+    "text as a counter": {"counters": {"collapse_warned": "q"}},
+    "a counter without its partner": {"counters": {"held_out_best": 1.0}},
+    "a row without a step": {"rows": [{}]},
+    "text in the history": {"rows": [{"step": "1"}]},
+    "time that runs backwards": {"seconds": -1.0},
+}
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_checkpoint_that_no_training_can_have_left_is_refused(
+    changes: dict[str, Any], make_model: Callable[..., GeneJEPA], train: Callable[..., Watcher], tmp_path: Path
+) -> None:
+    """Row 105: impossible content under checksums that agree."""
+    train(make_model(), tmp_path, stop_after=2, max_epochs=1)
+    replace(TrainingState.load(tmp_path), **changes).save(tmp_path)
+    with pytest.raises(ModelFileError, match=r"\nFix: "):
+        train(make_model(), tmp_path, resume=True, max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda tensors: {"optimizer.0.exp_avg": torch.zeros(3)},
+        lambda tensors: {"optimizer.0.exp_avg_sq": tensors["optimizer.0.exp_avg_sq"][:, :-1].contiguous()},
+        lambda tensors: {"optimizer.0.step": torch.zeros(2)},
+        lambda tensors: {"optimizer.0.more": torch.zeros(2)},
+        lambda tensors: {"optimizer.999.exp_avg": torch.zeros(2)},
+        lambda tensors: {"optimizer.x.exp_avg": torch.zeros(2)},
+        lambda tensors: {"optimizer.0": torch.zeros(2)},
+        lambda tensors: {"other": torch.zeros(2)},
+        lambda tensors: {"jepa.more": torch.zeros(2)},
+        lambda tensors: {next(name for name in tensors if name.startswith("jepa.")): torch.zeros(2)},
+    ],
+    ids=["moment", "narrow", "step", "unknown moment", "index", "no index", "no name", "kind", "weight", "shape"],
+)
+def test_tensors_that_do_not_fit_the_network_are_refused(
+    forge: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    make_model: Callable[..., GeneJEPA],
+    train: Callable[..., Watcher],
+    jobs: ModuleType,
+    tmp_path: Path,
+) -> None:
+    """Row 105: the optimiser itself takes moments of any shape, and its compiled code writes beyond them."""
+    train(make_model(), tmp_path, stop_after=2, max_epochs=1)
+    state = TrainingState.load(tmp_path)
+    replace(state, tensors={**state.tensors, **forge(state.tensors)}).save(tmp_path)
+    watcher = Watcher()
+    model = make_model()
+    with pytest.raises(ModelFileError, match=r"\nFix: "):
+        model.train(max_epochs=1, checkpoint_dir=tmp_path, resume=True, callbacks=[watcher], **jobs.TRAINING)
+    assert watcher.steps == []
+
+
+def test_a_checkpoint_without_moments_is_refused(
+    make_model: Callable[..., GeneJEPA], train: Callable[..., Watcher], tmp_path: Path
+) -> None:
+    train(make_model(), tmp_path, stop_after=2, max_epochs=1)
+    state = TrainingState.load(tmp_path)
+    weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith("jepa.")}
+    assert len(weights) < len(state.tensors)
+    replace(state, tensors=weights).save(tmp_path)
+    with pytest.raises(ModelFileError, match=r"there are no moments\.\nFix: "):
+        train(make_model(), tmp_path, resume=True, max_epochs=1)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])

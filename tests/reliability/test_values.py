@@ -162,10 +162,35 @@ def test_fix_names_the_slot_with_counts() -> None:
     raw.X = np.log1p(counts_of_cells())
     with pytest.raises(DataError, match=r"Fix: pass use_raw=True: `raw\.X` holds counts"):
         checked(raw)
-    raw.layers["log"] = raw.X
-    raw.X, raw.raw = counts_of_cells(), None
-    with pytest.raises(DataError, match=r"Fix: pass layer=None: `X` holds counts"):
-        check_counts(open_counts(raw, CountSlot("log")), adata=raw)
+
+
+def test_fractional_values_beside_counts() -> None:
+    """Row 12: where fractions are allowed, a slot that holds counts is still named."""
+    adata = adata_of(np.log1p(counts_of_cells()))
+    checked(adata, allow_fractional=True)
+    adata.layers["umi"] = counts_of_cells()
+    fix = r"`X` holds \d+ fractional values\. It looks log-normalised.*\nFix: pass layer='umi': `layers\['umi'\]`"
+    with pytest.warns(DataWarning, match=fix):
+        checked(adata, allow_fractional=True)
+    adata.X = counts_of_cells()
+    checked(adata, allow_fractional=True)
+
+
+def test_fix_that_leads_to_x(tiny_settings: dict[str, Any]) -> None:
+    """Row 01: what the fix says works where a layer was asked for, and where one was declared."""
+    adata = adata_of(counts_of_cells())
+    adata.layers["log"] = np.log1p(counts_of_cells())
+    on_cpu = {"accelerator": "cpu", "precision": "32-true", "threads": 1}
+    options = {"max_epochs": 1, "progress_bar": False, "train_options": on_cpu, **tiny_settings}
+    fix = r"Fix: leave `layer` and `use_raw` out: `X` holds counts\. If `layers\['log'\]` is still read then, declare"
+    with pytest.raises(DataError, match=fix):
+        genejepa.fit(adata, layer="log", **options)
+    model = genejepa.fit(adata, **options)
+    genejepa.GeneJEPA.setup_anndata(adata, layer="log")
+    with pytest.raises(DataError, match=fix) as caught:
+        model.get_latent_representation(adata)
+    exec(caught.value.fix.partition("first: ")[2], {"adata": adata, "genejepa": genejepa})
+    np.testing.assert_array_equal(model.get_latent_representation(adata), adata.obsm["X_genejepa"])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -3, 0.5])

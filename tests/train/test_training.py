@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import logging
 import math
 import signal
@@ -20,7 +22,13 @@ from genejepa.data.axes import PrincipalAxes, principal_axes
 from genejepa.data.batches import BatchScaling
 from genejepa.data.loader import StepDataset, step_loader
 from genejepa.data.normalization import Normalizer
-from genejepa.errors import CollapseWarning, TrainingDivergedError, TrainingInterruptedWarning
+from genejepa.errors import (
+    CollapseWarning,
+    ConfigError,
+    DeviceError,
+    TrainingDivergedError,
+    TrainingInterruptedWarning,
+)
 from genejepa.jepa import JEPA
 from genejepa.model import GeneJEPA
 from genejepa.nn import ema
@@ -29,11 +37,12 @@ from genejepa.nn.encoder import GeneTokenEncoder
 from genejepa.objectives import effective_rank
 from genejepa.train import module as training_module
 from genejepa.train import runner
-from genejepa.train.callbacks import CollapseMonitor, HistoryRecorder
+from genejepa.train.callbacks import CollapseMonitor, HeldOutLoss, HistoryRecorder
+from genejepa.train.devices import resolve_devices
 from genejepa.train.module import JEPAModule, learning_rate_factor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     import anndata
@@ -166,6 +175,14 @@ def test_alignment_is_switched_off_by_its_weight(bench_of_batches: Bench) -> Non
     module = bench_of_batches.module(ObjectiveConfig(alignment=0.0))
     module.weighted_loss(bench_of_batches.dataset[0])
     assert "alignment" not in module.last_terms
+
+
+def test_something_has_to_be_trained(bench: Bench) -> None:
+    nothing = dict.fromkeys(WEIGHTS, 0.0)
+    with pytest.raises(ConfigError, match=r"`alignment` are all 0.*\nFix: give one of them a weight above 0"):
+        ObjectiveConfig(**nothing)  # type: ignore[arg-type]  # weights only
+    with pytest.raises(ConfigError, match=r"`alignment` is the only objective, and there are no batches.*\nFix: "):
+        bench.module(ObjectiveConfig(**{**nothing, "alignment": 1.0}))  # type: ignore[arg-type]  # weights only
 
 
 def test_alignment_trains_the_encoder_alone(bench_of_batches: Bench) -> None:
@@ -337,7 +354,9 @@ def vectors_on_a_line(generator: torch.Generator) -> Tensor:
     return torch.randn(64, 1, generator=generator) * torch.ones(32)
 
 
-def test_monitor_warns_once_and_not_in_the_first_quarter(generator: torch.Generator) -> None:
+def test_monitor_warns_once_and_not_in_the_first_quarter(
+    generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
     monitor = CollapseMonitor()
     line = vectors_on_a_line(generator)
     with warnings.catch_warnings():
@@ -345,6 +364,7 @@ def test_monitor_warns_once_and_not_in_the_first_quarter(generator: torch.Genera
         assert monitor.judge(line, 24, 100)["effective_rank"] == pytest.approx(1.0)
     with pytest.warns(CollapseWarning, match=r"effective rank is 1\.0 of 32.*\(step 25 of 100\)\.\nFix: raise"):
         monitor.judge(line, 25, 100)
+    assert not caplog.records  # told once
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monitor.judge(line, 26, 100)
@@ -440,6 +460,34 @@ def test_early_stopping_lets_an_improving_training_go_on(model: GeneJEPA, tiny_t
     losses = model.history["validation_loss"].dropna()
     assert len(losses) == 6
     assert losses.is_monotonic_decreasing
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_left_out_of_the_history(
+    model: GeneJEPA, tiny_training: dict[str, Any], value: float, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out losses and measures of collapse are not what is trained: 16-bit numbers may overflow in them."""
+    monkeypatch.setattr(HeldOutLoss, "_loss", lambda *_: value)
+    monkeypatch.setattr("genejepa.train.callbacks.effective_rank", lambda _: value)
+    options = {**tiny_training, "max_epochs": 9, "checkpoint_dir": tmp_path / "checkpoint"}
+    model.train(**options, early_stopping=True, patience=3)
+    assert model.record is not None
+    assert model.record.steps == 9  # three epochs without a gain
+    model.save(tmp_path / "model")
+    history = GeneJEPA.load(tmp_path / "model").history
+    assert len(history) == 9
+    assert not {"validation_loss", "effective_rank"} & set(history)
+    assert history["mean_cosine"].notna().all()
+
+
+def test_vectors_that_are_not_finite_are_not_judged(generator: torch.Generator) -> None:
+    recorder = HistoryRecorder(every=1, steps_per_epoch=1, monitor=CollapseMonitor())
+    trainer: Any = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[{"lr": 0.5}])])
+    vectors = torch.randn(8, 4, generator=generator)
+    vectors[2, 1] = torch.inf
+    module: Any = SimpleNamespace(steps_done=1, total_steps=1, last_terms={}, last_vectors=vectors)
+    recorder.on_train_batch_end(trainer, module, None, None, 0)
+    assert recorder.rows == [{"step": 1.0, "epoch": 0.0, "learning_rate": 0.5}]
 
 
 def test_validation_does_not_change_the_training(
@@ -614,6 +662,107 @@ def test_automatic_settings_are_recorded(model: GeneJEPA) -> None:
     assert 1 <= model.record.threads <= torch.get_num_threads()
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"precision": "64-true"}, "`precision` is '64-true'"),
+        ({"precision": "bf16-true"}, "`precision` is 'bf16-true'"),
+        ({"threads": 10**6}, "`threads` is 1000000"),
+        ({"callbacks": [3]}, r"`callbacks` is \[3\]"),
+        ({"callbacks": None}, "`callbacks` is None"),
+        ({"devices": "abc"}, "`devices` is 'abc'"),
+        ({"devices": 0}, "`devices` is 0"),
+        ({"devices": []}, r"`devices` is \[\]"),
+        ({"devices": True}, "`devices` is True"),
+        ({"devices": [0, 0]}, r"`devices` is \[0, 0\]"),
+        ({"devices": ","}, "`devices` is ','"),
+        ({"devices": [0]}, r"`devices` is \[0\], and a CPU has no positions"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything(
+    model: GeneJEPA, tiny_training: dict[str, Any], options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{named}.*\nFix: (give|use) "):
+        model.train(**{**tiny_training, **options})
+    assert model.jepa is None
+
+
+@pytest.mark.parametrize("kind", ["gpu", "cuda", "mps"])
+def test_an_accelerator_that_is_not_there_is_refused(
+    model: GeneJEPA, tiny_training: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(DeviceError, match=rf"`accelerator` is '{kind}', .*\nFix: use accelerator='cpu'"):
+        model.train(**{**tiny_training, "accelerator": kind})
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [(2, 2), ("2", 2), ([1, 0], [1, 0]), ("0,1", [0, 1]), ("1,", [1]), ("auto", 2), (-1, 2), ("-1", 2)],
+)
+def test_devices_are_a_number_or_positions(
+    devices: Any, expected: int | list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert resolve_devices(devices, "cuda") == expected
+    for missing in (3, "3", [2], "0,2"):
+        with pytest.raises(DeviceError, match=r"torch sees 2 of the type 'cuda'\.\nFix: "):
+            resolve_devices(missing, "cuda")
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "make_context",
+    [
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        double_precision,
+        torch.no_grad,
+        torch.inference_mode,
+    ],
+    ids=["autocast", "default type", "no gradients", "inference mode"],
+)
+def test_what_the_caller_has_told_torch_does_not_matter(
+    model: GeneJEPA,
+    adata: anndata.AnnData,
+    tiny_settings: dict[str, Any],
+    tiny_training: dict[str, Any],
+    make_context: Callable[[], AbstractContextManager[Any]],
+    tmp_path: Any,
+) -> None:
+    model.train(**tiny_training)
+    weights, vectors = model.weights_sha256(), model.get_latent_representation()
+    model.save(tmp_path / "model")
+    with make_context():
+        same = GeneJEPA(adata, **tiny_settings)
+        same.train(**tiny_training)
+        for one in (model, same, GeneJEPA.load(tmp_path / "model", adata)):
+            assert one.weights_sha256() == weights
+            np.testing.assert_array_equal(one.get_latent_representation(), vectors)
+    model.train(**tiny_training)
+    same.train(**tiny_training)
+    assert same.weights_sha256() == model.weights_sha256() != weights
+
+
+@pytest.mark.filterwarnings("ignore::genejepa.errors.CollapseWarning")
+@pytest.mark.parametrize("settings", [{}, {"encoder": "mlp"}, {"thinned_fraction": 0.0}], ids=str)
+def test_cells_that_are_all_alike_have_one_vector(
+    adata: anndata.AnnData, tiny_settings: dict[str, Any], tiny_training: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    adata.X = np.tile(np.arange(adata.n_vars, dtype=np.float32) % 7, (adata.n_obs, 1))
+    model = GeneJEPA(adata, **{**tiny_settings, **settings})
+    model.train(**tiny_training)
+    assert np.ptp(model.get_latent_representation(), axis=0).max() < 1e-4
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_every_precision_trains_and_embeds_in_32_bits(
     model: GeneJEPA, tiny_training: dict[str, Any], precision: str
@@ -634,3 +783,21 @@ def test_every_precision_trains_and_embeds_in_32_bits(
 def test_number_of_epochs(max_epochs: int | None, target_steps: int, n_obs: int, expected: int) -> None:
     train = TrainConfig(max_epochs=max_epochs, target_steps=target_steps, batch_size=256)
     assert runner.n_epochs(GeneJEPAConfig(train=train), n_obs) == expected
+
+
+# Settings
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = GeneJEPAConfig().updated(embedding_dim=np.int64(32), seed=np.uint8(7), information=np.float32(0.5))
+    assert given == GeneJEPAConfig().updated(embedding_dim=32, seed=7, information=0.5)
+    assert json.loads(json.dumps(given.to_dict())) == given.to_dict()
+
+
+def test_every_seed_of_63_bits_trains(model: GeneJEPA, tiny_training: dict[str, Any], tmp_path: Any) -> None:
+    for seed in (-1, 2**63, 1.0, True, np.True_):
+        with pytest.raises(ConfigError, match=r"`seed` is .*\nFix: give a whole number of at least 0 and at most 9223"):
+            model.train(**tiny_training, seed=seed)  # type: ignore[arg-type]  # on purpose
+    model.train(**tiny_training, seed=2**63 - 1, early_stopping=True, checkpoint_dir=tmp_path / "checkpoint")
+    model.save(tmp_path / "model")
+    assert GeneJEPA.load(tmp_path / "model").config.train.seed == 2**63 - 1
