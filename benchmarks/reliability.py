@@ -148,9 +148,10 @@ PROMISES = (
 NOT_PROMISED = """\
 ## What is not promised
 
-- A damaged HDF5 file (h5ad) can hang inside the HDF5 library, where neither Ctrl-C nor a time limit in Python helps,
-  and HDF5 has no checksums by default: a flipped bit in a value reads as another value. What HDF5 itself notices is a
-  `DataError`.
+- A damaged HDF5 file (h5ad) can hang inside the HDF5 library, where neither Ctrl-C nor a time limit in Python helps.
+  The command line opens it in another process first and gives up after `--read-timeout` seconds; `genejepa.fit` and
+  the other functions do not. HDF5 has no checksums by default: a flipped bit in a value reads as another value. What
+  HDF5 itself notices is a `DataError`.
 - Equal bits hold on one machine with one set of versions. Another processor, another version of torch or a GPU gives
   other last bits.
 - The tests run on CPUs. Interruptions of trainings on GPUs and on several devices are not part of them.

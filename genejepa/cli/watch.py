@@ -41,7 +41,9 @@ def _require_answer(path: Path, *, seconds: float) -> None:
     context = multiprocessing.get_context("fork") if can_fork else multiprocessing.get_context("spawn")
     child = context.Process(target=_open_everything, args=(path, seconds), daemon=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, whose locks the child has no use for
+        # Python and, if it is loaded, jax warn of threads, whose locks the child has no use for.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
         child.start()
     try:
         child.join(seconds)
