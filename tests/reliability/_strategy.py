@@ -361,8 +361,10 @@ def _draw(rng: Rng, directory: Path) -> Case:
     batch_key = str(rng.choice(["donor", "lab", "nothing"])) if rng.random() < 0.3 else None
     _declare(adata, slot=slot, batch_key=batch_key)
     has_text_names = n_names == 1 and all(isinstance(name, str) for name in names)
-    has_whole_numbers = any(type(value) is int for key in obs for value in obs[key])
-    if container in _ON_DISK and has_text_names and not has_whole_numbers and rng.random() < 0.2:
+    # a file holds neither text beside numbers nor a column of None
+    can_be_written = all(not any(type(value) is int for value in obs[key]) for key in obs)
+    can_be_written &= all(not n_obs or any(value is not None for value in obs[key]) for key in obs)
+    if container in _ON_DISK and has_text_names and can_be_written and rng.random() < 0.2:
         container += ", backed"
         adata.write_h5ad(directory / "cells.h5ad")
         adata = anndata.read_h5ad(directory / "cells.h5ad", backed="r")
@@ -385,10 +387,17 @@ def _draw(rng: Rng, directory: Path) -> Case:
         dtype=np.dtype(np.float64) if container == "objects" else stored.dtype,
         names=[names[j] for j in columns],
         n_names=n_names,
-        is_gene=[types is None or "Gene Expression" not in types or types[j] == "Gene Expression" for j in columns],
+        is_gene=_are_genes(None if types is None else [types[j] for j in columns], len(columns)),
         batch_key=batch_key,
         obs={str(key): [None if pd.isna(value) else value for value in obs[key].iloc[rows]] for key in obs},
     )
+
+
+def _are_genes(types: list[str] | None, n_vars: int) -> list[bool]:
+    """Which columns are genes; all of them if none is marked so."""
+    if types is None or "Gene Expression" not in types:
+        return n_vars * [True]
+    return [kind == "Gene Expression" for kind in types]
 
 
 def _draw_values(rng: Rng, shape: tuple[int, int]) -> tuple[str, NDArray[Any]]:
