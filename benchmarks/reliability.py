@@ -179,8 +179,10 @@ def run_file(path: Path, *, profile: str, figures: Path, deadline: float) -> Run
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
+        # Folders of its own: pytest removes those of earlier runs, of which another may still be one.
+        options = ["-q", "--tb=short", f"--junitxml={report}", f"--basetemp={folder}/pytest"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", str(path)],
+            [sys.executable, "-m", "pytest", *options, str(path)],
             cwd=REPOSITORY,
             env={
                 **os.environ,

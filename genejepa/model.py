@@ -7,7 +7,7 @@ import logging
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from genejepa.errors import (
 )
 from genejepa.jepa import JEPA
 from genejepa.persistence import StoredModel, load_model, save_model
-from genejepa.query import Matching, Query, Trained, genes_of, require_key, slot_of, write_results
+from genejepa.query import Matching, MatchingOptions, Query, Trained, genes_of, require_key, slot_of, write_results
 from genejepa.train.devices import cpu_threads
 from genejepa.train.record import TrainingRecord
 from genejepa.train.runner import Ending, RunOptions
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from genejepa.data.matching import GeneMapping, GeneReport
     from genejepa.data.panel import PanelCounts
     from genejepa.train.runner import RunResult
+    from genejepa.world.energy import EnergyFunction
 
 logger = logging.getLogger(__name__)
 
@@ -504,6 +505,111 @@ class GeneJEPA:
             )
         return vectors
 
+    def energy(
+        self,
+        adata: AnnData | str | Path | None = None,
+        *,
+        partner: AnnData | str | Path | None = None,
+        reference: AnnData | str | Path | None = None,
+        n_masks: int = 8,
+        **matching: Unpack[MatchingOptions],
+    ) -> NDArray[np.float32]:
+        """How badly the halves of each cell predict it, (n_obs,): about 1 for a cell like those of the training.
+
+        It is higher for doublets, for kinds of cell that the training did not have, and for mixtures. See
+        :mod:`genejepa.world.energy`.
+
+        Parameters
+        ----------
+        adata
+            Cells to look at; None for those of the training.
+        partner
+            As many cells: the energy is that of one half of the genes of each cell together with the other half of the
+            genes of the partner in the same place. It is low if both are the same cell.
+        reference
+            Cells that are known to be real; None for those of the training, which a loaded model does not hold.
+        n_masks
+            Number of ways in which the genes are halved.
+        **matching
+            ``layer``, ``use_raw``, ``gene_mapping``, ``duplicates``, ``min_overlap`` as in
+            :meth:`get_latent_representation`, for all of these cells.
+
+        Raises
+        ------
+        genejepa.errors.NotFittedError
+            Before :meth:`train`, or if there is no reference.
+        genejepa.errors.DataError
+            If there are not as many partners as cells, if the reference has less than 20 cells, or as in
+            :meth:`get_latent_representation`.
+        """
+        cells, keep = self._panel(adata, matching)
+        if partner is None:
+            return self._energy_function(reference, matching, keep=keep, n_masks=n_masks).cells(cells)
+        others, others_keep = self._panel(partner, matching)
+        if others.n_obs != cells.n_obs:
+            raise DataError(
+                f"`partner` has {others.n_obs} cells, expected {cells.n_obs}, one for each cell.",
+                fix="choose as many partners as there are cells.",
+            )
+        keep = _both(keep, others_keep)
+        return self._energy_function(reference, matching, keep=keep, n_masks=n_masks).pairs(cells, others)
+
+    def surprise(
+        self,
+        adata: AnnData | str | Path | None = None,
+        *,
+        reference: AnnData | str | Path | None = None,
+        n_masks: int = 8,
+        **matching: Unpack[MatchingOptions],
+    ) -> AnnData:
+        """How much more of each gene a cell has than its other genes let expect, as standard scores.
+
+        Parameters and errors as in :meth:`energy`.
+
+        Returns
+        -------
+        AnnData with the scores in ``X``, (n_obs, n_measured) float32, dense, for the genes of the model that the cells
+        and the reference have; see :meth:`genejepa.world.energy.EnergyFunction.surprise`.
+        """
+        import pandas as pd
+        from anndata import AnnData
+
+        given = None if adata is None and self._counts is not None else self._given_or_loaded(adata)
+        cells, keep = self._panel(given, matching)
+        function = self._energy_function(reference, matching, keep=keep, n_masks=n_masks)
+        names = self._cell_names if given is None else given.obs_names
+        genes = np.array(self.genes, dtype=object)[function.keep]
+        return AnnData(function.surprise(cells), obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
+
+    def _panel(
+        self, adata: AnnData | str | Path | None, matching: MatchingOptions
+    ) -> tuple[PanelCounts, NDArray[np.bool_] | None]:
+        """Counts of cells over the panel, those of the training if there is nothing else, and the genes they have."""
+        self._trained_record()
+        if adata is None and self._counts is not None:
+            return self._counts, None
+        query = Query(self._given_or_loaded(adata), self._trained(), Matching(**matching))
+        return query.counts(), query.keep
+
+    def _energy_function(
+        self,
+        reference: AnnData | str | Path | None,
+        matching: MatchingOptions,
+        *,
+        keep: NDArray[np.bool_] | None,
+        n_masks: int,
+    ) -> EnergyFunction:
+        from genejepa.world.energy import EnergyFunction
+
+        if reference is None and self._counts is None:
+            raise NotFittedError(
+                "this model was loaded from a file and holds no cells to compare with.",
+                fix="pass reference=adata with cells that are known to be real, such as those of the training.",
+            )
+        cells, known_keep = self._panel(reference, matching)
+        assert self.jepa is not None
+        return EnergyFunction(self.jepa, self.normalizer, cells, keep=_both(keep, known_keep), n_masks=n_masks)
+
     def gene_report(
         self,
         adata: AnnData | str | Path,
@@ -701,6 +807,11 @@ class GeneJEPA:
                 fix="pass `adata` here or to `GeneJEPA.load(path, adata)`.",
             )
         return as_anndata(adata)
+
+
+def _both(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """Genes that are in two masks; None is all genes."""
+    return other if one is None else one if other is None else one & other
 
 
 def _positions(indices: Sequence[int] | NDArray[np.integer] | NDArray[np.bool_], n_obs: int) -> NDArray[np.int64]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from genejepa._constants import OBSM_KEY, UNS_KEY
 from genejepa.data.counts import check_counts, open_counts, panel_counts
 from genejepa.data.genes import gene_names, is_gene, names_slot
 from genejepa.data.matching import match_genes, require_overlap
+from genejepa.data.panel import PanelCounts
 from genejepa.data.setup import batch_codes, declared_registration, registration_of
 from genejepa.data.slots import CountSlot
 from genejepa.errors import ConfigError, DataError, DataWarning, GeneMismatchError
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
     from genejepa.data.matching import GeneMapping, GeneReport
     from genejepa.data.normalization import Normalizer
-    from genejepa.data.panel import PanelCounts
     from genejepa.data.setup import Registration
 
 
@@ -53,6 +54,16 @@ class Matching:
     gene_mapping: GeneMapping = "names"
     duplicates: Literal["error", "sum"] = "error"
     min_overlap: float = 0.5
+
+
+class MatchingOptions(TypedDict, total=False):
+    """Arguments of :class:`Matching`."""
+
+    layer: str | None
+    use_raw: bool
+    gene_mapping: GeneMapping
+    duplicates: Literal["error", "sum"]
+    min_overlap: float
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,13 @@ class Query:
         """Genes that were measured, (n_genes,); None for all."""
         found = self.report.found
         return None if found.all() else found
+
+    def counts(self) -> PanelCounts:
+        """Counts of all cells."""
+        nobody = panel_counts(
+            csr_matrix((0, len(self.report.gene_of_column))), self.report.gene_of_column, self._n_genes
+        )
+        return PanelCounts.concatenate([nobody, *self.blocks()])
 
     def blocks(self) -> Iterator[PanelCounts]:
         """Counts of consecutive cells, as many as are read at once."""

@@ -88,7 +88,7 @@ def test_module_runs() -> None:
     assert result.stdout.strip() == genejepa.__version__
 
 
-@pytest.mark.parametrize("command", ["fit", "embed", "probe", "info"])
+@pytest.mark.parametrize("command", ["fit", "embed", "energy", "probe", "info"])
 def test_help_has_an_example(command: str) -> None:
     result = genejepa_command(command, "--help")
     assert result.exit_code == 0
@@ -135,6 +135,22 @@ def test_embed_equals_python(folder: Path, cells: AnnData) -> None:
     assert "exists" in refused(*arguments)
     assert genejepa_command(*arguments, "--overwrite").exit_code == 0
     assert list(read_h5ad(target).obsm) == ["X_genejepa"]
+
+
+def test_energy_equals_python(folder: Path, cells: AnnData, tmp_path: Path) -> None:
+    known, out = folder / "out" / "cells.h5ad", tmp_path / "energies.h5ad"
+    result = genejepa_command(
+        "energy", folder / "cells.h5ad", "--model", folder / "out" / "model", "--reference", known, "-o", out
+    )
+    assert result.exit_code == 0, result.output
+    assert "50 %:" in result.stdout
+    expected = genejepa.GeneJEPA.load(folder / "out" / "model").energy(cells, reference=cells)
+    np.testing.assert_array_equal(read_h5ad(out).obs["energy"], expected)
+    again = genejepa_command(
+        "energy", folder / "cells.h5ad", "--model", folder / "out" / "model", "--reference", known, "-o", out
+    )
+    assert again.exit_code == 2
+    assert "exists" in again.output
 
 
 def test_probe_prints_and_writes(folder: Path) -> None:

@@ -78,7 +78,9 @@ MAY_IMPORT = {
         "persistence",
         "query",
         "train",
+        "world",
     },
+    "world": {"_arithmetic", "data", "errors", "jepa"},
     "api": {"_constants", "data", "model", "query"},
 }
 

@@ -76,7 +76,7 @@ def test_python_of_the_documents_runs(path: Path) -> None:
 
 
 def test_there_are_shell_lines() -> None:
-    assert {line.split()[1] for line in shell_lines()} == {"check", "fit", "embed", "probe", "info"}
+    assert {line.split()[1] for line in shell_lines()} == {"check", "fit", "embed", "energy", "probe", "info"}
 
 
 @pytest.mark.parametrize("line", shell_lines())

@@ -37,8 +37,11 @@ def shortened(notebook: Any) -> Any:
     return notebook
 
 
+PICTURES = {"01_quickstart.ipynb": 3, "02_energy.ipynb": 3}
+
+
 def test_there_are_tutorials() -> None:
-    assert [path.name for path in NOTEBOOKS] == ["01_quickstart.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == sorted(PICTURES)
 
 
 @pytest.mark.slow
@@ -50,9 +53,10 @@ def test_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(pictures) == 3
+    assert len(pictures) == PICTURES[path.name]
     texts = [o["data"]["text/plain"] for c in notebook.cells for o in c.get("outputs", []) if "data" in o]
-    assert "True" in texts  # the loaded model embeds as the one in memory does
+    if path.name == "01_quickstart.ipynb":
+        assert "True" in texts  # the loaded model embeds as the one in memory does
 
 
 @each_notebook

@@ -1,4 +1,4 @@
-"""The command line: ``genejepa check``, ``fit``, ``embed``, ``probe`` and ``info``.
+"""The command line: ``genejepa check``, ``fit``, ``embed``, ``energy``, ``probe`` and ``info``.
 
 Everything heavy is imported inside the functions, so that ``genejepa --help`` answers at once.
 """
@@ -303,6 +303,45 @@ def embed(
             "Written": str(out),
         }
     )
+
+
+@app.command(
+    epilog="Example: genejepa energy others.h5ad --model out/model --reference out/cells.h5ad -o energies.h5ad"
+)
+@plain_errors
+def energy(
+    cells: CellsFile,
+    model: Annotated[Path, typer.Option(help="Directory of a saved model, such as out/model.")],
+    reference: Annotated[Path, typer.Option(help="Cells known to be real, such as those of the training.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: the cells with their energies.")],
+    layer: Layer = None,
+    use_raw: UseRaw = False,
+    key_added: Annotated[str, typer.Option(help="Name of the column in obs.")] = "energy",
+    overwrite: Overwrite = False,
+    read_timeout: ReadTimeout = _READ_TIMEOUT,
+) -> None:
+    """Tell how badly the halves of each cell predict it: high for doublets and unknown kinds of cell.
+
+    Energies have a mean of 1 over the reference.
+    """
+    cells = cells.expanduser()
+    check_output(out, overwrite=overwrite)
+    adata = read_watched(cells, seconds=read_timeout)
+
+    import numpy as np
+
+    from genejepa.data.setup import require_writable
+    from genejepa.model import GeneJEPA
+    from genejepa.query import require_key
+
+    require_writable(adata)
+    require_key(key_added)
+    known = read_watched(reference, seconds=read_timeout)
+    energies = GeneJEPA.load(model).energy(adata, reference=known, layer=layer, use_raw=use_raw)
+    adata.obs[key_added] = energies
+    write_cells(adata, out, compression=compression_of(cells))
+    spread = ", ".join(f"{level:g} %: {np.percentile(energies, level):.2f}" for level in (5, 50, 95, 99))
+    echo_facts({"Cells": f"{adata.n_obs:,}", "Energies": f"{spread} (reference: mean 1)", "Written": str(out)})
 
 
 @app.command(epilog="Example: genejepa probe embedded.h5ad --labels-key cell_type --kind all --output table.csv")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 
@@ -76,6 +78,20 @@ class PanelCounts:
         entries = np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
         row_ids = np.repeat(np.arange(len(index), dtype=np.int64), lengths)
         return row_ids, self.indices[entries], self.data[entries]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[PanelCounts]) -> PanelCounts:
+        """Counts of the cells of one part after those of another; there has to be one part or more."""
+        starts = np.cumsum([0, *(int(part.indptr[-1]) for part in parts[:-1])])
+        ends = [part.indptr[1:] + start for part, start in zip(parts, starts, strict=True)]
+        batches = [part.batch for part in parts if part.batch is not None]
+        return cls(
+            np.concatenate([np.zeros(1, dtype=np.int64), *ends]),
+            np.concatenate([part.indices for part in parts]),
+            np.concatenate([part.data for part in parts]),
+            parts[0].n_genes,
+            np.concatenate(batches) if batches else None,
+        )
 
     def subset(self, index: NDArray[np.integer]) -> PanelCounts:
         """Counts of some cells, in the order of ``index``, shape ``(n,)``."""

@@ -1,0 +1,1 @@
+"""What a trained model says beyond an embedding, all on its frozen latent: energies."""
