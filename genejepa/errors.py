@@ -95,7 +95,7 @@ class TrainingInterruptedWarning(UserWarning):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint could not be written; the training goes on."""
+    """A checkpoint could not be written, or there is little room for it; the training goes on."""
 
 
 class DataWarning(UserWarning):
