@@ -522,6 +522,7 @@ def test_a_file_that_crashes_the_library_is_a_damaged_one(folder: Path, monkeypa
     assert "the HDF5 library has crashed on it (signal 11)" in refused("info", folder / "cells.h5ad")
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
 def test_a_process_that_nobody_waits_for_ends_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that looks at the file, should the command itself be killed."""
     monkeypatch.setattr("h5py.File", hang)
