@@ -31,6 +31,7 @@ _KIND = "model"
 _CONFIG, _GENES, _TENSORS = "config.json", "genes.csv", "tensors.safetensors"
 _GENE_COLUMNS = ("gene", "mean", "scale", "frequency")
 _BATCHES = "batches."
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _BATCH_ARRAYS = ("centre", "gain", "frequency")
 
 
@@ -110,7 +111,7 @@ def _normalizer(config: Mapping[str, Any], numbers: NDArray[np.float32], tensors
     """Normalisation from ``config.json``, the columns of ``genes.csv`` and the tensors of the batches; takes these."""
     stored = config["normalization"]
     median_depth = stored["median_depth"]
-    if not isinstance(median_depth, float) or median_depth <= 0:
+    if not isinstance(median_depth, float) or not 0 < median_depth <= _LARGEST_FLOAT:
         raise ValueError(f"median depth {median_depth!r}")
     batches = None
     if stored["batches"] is not None:
