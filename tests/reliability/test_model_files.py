@@ -432,6 +432,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str]] = 
         lambda good: with_config(good, lambda c: c["normalization"].update(median_depth="5")),
         "median depth '5'",
     ),
+    "depth beyond 32 bits": (
+        lambda good: with_config(good, lambda c: c["normalization"].update(median_depth=1e300)),
+        "median depth 1e\\+300",
+    ),
     "layer that is no name": (
         lambda good: with_config(good, lambda c: c["registration"].update(layer=["counts"])),
         "layer",
