@@ -42,8 +42,8 @@ INTRODUCTION = """\
 # Reliability
 
 What genejepa promises about bad input, interruptions and files, how each promise is tested, and what the tests of the
-last run of `make reliability` measured. The tests are in `tests/reliability`; a short form of them, with fewer random
-cases, is part of `make test`.
+last long run measured. The tests are in `tests/reliability`. How many random cases they try is their profile, named
+below: `make test` runs the fast one, `make reliability` the nightly one.
 """
 
 
