@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from genejepa.data.matching import GeneMapping, GeneReport
     from genejepa.data.panel import PanelCounts
     from genejepa.train.runner import RunResult
-    from genejepa.world.energy import EnergyFunction
+    from genejepa.energy import EnergyFunction
 
 logger = logging.getLogger(__name__)
 
@@ -517,7 +517,7 @@ class GeneJEPA:
         """How badly the halves of each cell predict it, (n_obs,): about 1 for a cell like those of the training.
 
         It is higher for doublets, for kinds of cell that the training did not have, and for mixtures. See
-        :mod:`genejepa.world.energy`.
+        :mod:`genejepa.energy`.
 
         Parameters
         ----------
@@ -569,7 +569,7 @@ class GeneJEPA:
         Returns
         -------
         AnnData with the scores in ``X``, (n_obs, n_measured) float32, dense, for the genes of the model that the cells
-        and the reference have; see :meth:`genejepa.world.energy.EnergyFunction.surprise`.
+        and the reference have; see :meth:`genejepa.energy.EnergyFunction.surprise`.
         """
         import pandas as pd
         from anndata import AnnData
@@ -599,7 +599,7 @@ class GeneJEPA:
         keep: NDArray[np.bool_] | None,
         n_masks: int,
     ) -> EnergyFunction:
-        from genejepa.world.energy import EnergyFunction
+        from genejepa.energy import EnergyFunction
 
         if reference is None and self._counts is None:
             raise NotFittedError(

@@ -1,1 +1,1 @@
-"""What a trained model says beyond an embedding, all on its frozen latent: energies."""
+"""A model of transitions between states of cells, on the frozen latent of a trained model."""

@@ -12,7 +12,7 @@ import torch
 from genejepa.data.panel import PanelCounts
 from genejepa.errors import ConfigError, DataError, NotFittedError
 from genejepa.model import GeneJEPA
-from genejepa.world.energy import EnergyFunction, ResidualScale, _deviance, _halves
+from genejepa.energy import EnergyFunction, ResidualScale, _deviance, _halves
 
 if TYPE_CHECKING:
     from collections.abc import Callable
