@@ -62,8 +62,8 @@ if TYPE_CHECKING:
     from genejepa._lightning import Callback, Logger
     from genejepa.data.matching import GeneMapping, GeneReport
     from genejepa.data.panel import PanelCounts
-    from genejepa.train.runner import RunResult
     from genejepa.energy import EnergyFunction
+    from genejepa.train.runner import RunResult
 
 logger = logging.getLogger(__name__)
 

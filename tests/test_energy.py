@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from genejepa.data.panel import PanelCounts
+from genejepa.energy import EnergyFunction, ResidualScale, _deviance, _halves
 from genejepa.errors import ConfigError, DataError, NotFittedError
 from genejepa.model import GeneJEPA
-from genejepa.energy import EnergyFunction, ResidualScale, _deviance, _halves
 
 if TYPE_CHECKING:
     from collections.abc import Callable
