@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from genejepa._version import __version__
 
 if TYPE_CHECKING:
-    from genejepa import bench, config, datasets, errors, evaluate, pl
+    from genejepa import bench, config, datasets, errors, evaluate, pl, simulation
     from genejepa.api import embed, fit
     from genejepa.bench.api import benchmark
     from genejepa.model import GeneJEPA
+    from genejepa.world.model import WorldModel
 
 __all__ = [
     "GeneJEPA",
+    "WorldModel",
     "__version__",
     "bench",
     "benchmark",
@@ -29,10 +31,12 @@ __all__ = [
     "evaluate",
     "fit",
     "pl",
+    "simulation",
 ]
 
 _HOME = {
     "GeneJEPA": "genejepa.model",
+    "WorldModel": "genejepa.world.model",
     "benchmark": "genejepa.bench.api",
     "check": "genejepa.checks",
     "embed": "genejepa.api",

@@ -39,7 +39,7 @@ _LARGEST: Final = {".json": 1 << 21, ".csv": 1 << 24}
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _VERSION: Final = re.compile(r"[0-9A-Za-z.+-]{1,40}")
 
-_STORED: Final = re.compile(r"(config|genes|state|tensors)-[0-9a-f]{16}\.(json|csv|safetensors)")
+_STORED: Final = re.compile(r"(config|genes|state|tensors|world)-[0-9a-f]{16}\.(json|csv|safetensors)")
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}-\d+-.+\.tmp")
 _ATTEMPTS: Final = 20
 """Times a reader starts again when a writer was faster."""
@@ -285,6 +285,8 @@ def _manifest_of(directory: Path, *, kind: str) -> tuple[bytes, tuple[int, int]]
 
 
 def _where_from(kind: str) -> str:
+    if kind == "world model":
+        return "give the directory that `world.save(...)` wrote."
     if kind == "model":
         return "give the directory that `model.save(...)` or `genejepa fit -o ...` wrote."
     return "give the directory that was passed as `checkpoint_dir`."

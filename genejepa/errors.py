@@ -100,3 +100,7 @@ class CheckpointWarning(UserWarning):
 
 class DataWarning(UserWarning):
     """Data that can be used, but look as if something were wrong with them."""
+
+
+class ExtrapolationWarning(UserWarning):
+    """A prediction is asked for beyond what the data could teach."""

@@ -456,13 +456,9 @@ class GeneJEPA:
         """
         self._trained_record()
         matching = Matching(layer, use_raw, gene_mapping, duplicates, min_overlap)
-        if adata is None and self._counts is not None:
-            if layer is not None or use_raw:
-                raise ConfigError(
-                    "`layer` or `use_raw` is given without `adata`; the counts of the training are used.",
-                    fix="pass `adata`, too.",
-                )
-            return self._encode(self._counts, indices=indices)
+        own = self._own_counts(matching) if adata is None else None
+        if own is not None:
+            return self.encode_panel(own, indices=indices)
         query = Query(self._given_or_loaded(adata), self._trained(), matching)
         vectors, _ = self._embed(query)
         return vectors if indices is None else vectors[_positions(indices, query.n_obs)]
@@ -475,7 +471,7 @@ class GeneJEPA:
         start = 0
         for counts in query.blocks():
             rows = slice(start, start + counts.n_obs)
-            vectors[rows] = self._encode(counts, keep=query.keep)
+            vectors[rows] = self.encode_panel(counts, keep=query.keep)
             empty[rows] = cell_depth(counts) == 0
             start = rows.stop
         if empty.any():
@@ -487,13 +483,14 @@ class GeneJEPA:
             )
         return vectors, empty
 
-    def _encode(
+    def encode_panel(
         self,
         counts: PanelCounts,
         *,
         keep: NDArray[np.bool_] | None = None,
         indices: Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | None = None,
     ) -> NDArray[np.float32]:
+        """Cell vectors, (n, embedding_dim), of counts as :meth:`read_panel` returns them."""
         assert self.jepa is not None
         index = np.arange(counts.n_obs) if indices is None else _positions(indices, counts.n_obs)
         with memory_errors("embedding", fix="embed fewer cells at a time."):
@@ -542,10 +539,10 @@ class GeneJEPA:
             If there are not as many partners as cells, if the reference has less than 20 cells, or as in
             :meth:`get_latent_representation`.
         """
-        cells, keep = self._panel(adata, matching)
+        cells, keep = self.read_panel(adata, matching)
         if partner is None:
             return self._energy_function(reference, matching, keep=keep, n_masks=n_masks).cells(cells)
-        others, others_keep = self._panel(partner, matching)
+        others, others_keep = self.read_panel(partner, matching)
         if others.n_obs != cells.n_obs:
             raise DataError(
                 f"`partner` has {others.n_obs} cells, expected {cells.n_obs}, one for each cell.",
@@ -575,21 +572,34 @@ class GeneJEPA:
         from anndata import AnnData
 
         given = None if adata is None and self._counts is not None else self._given_or_loaded(adata)
-        cells, keep = self._panel(given, matching)
+        cells, keep = self.read_panel(given, matching)
         function = self._energy_function(reference, matching, keep=keep, n_masks=n_masks)
         names = self._cell_names if given is None else given.obs_names
         genes = np.array(self.genes, dtype=object)[function.keep]
         return AnnData(function.surprise(cells), obs=pd.DataFrame(index=names), var=pd.DataFrame(index=genes))
 
-    def _panel(
+    def read_panel(
         self, adata: AnnData | str | Path | None, matching: MatchingOptions
     ) -> tuple[PanelCounts, NDArray[np.bool_] | None]:
-        """Counts of cells over the panel, those of the training if there is nothing else, and the genes they have."""
+        """Counts of cells over the panel, and the genes that they have, (n_genes,); None for all.
+
+        ``adata`` and errors as in :meth:`get_latent_representation`.
+        """
         self._trained_record()
-        if adata is None and self._counts is not None:
-            return self._counts, None
+        own = self._own_counts(Matching(**matching)) if adata is None else None
+        if own is not None:
+            return own, None
         query = Query(self._given_or_loaded(adata), self._trained(), Matching(**matching))
         return query.counts(), query.keep
+
+    def _own_counts(self, matching: Matching) -> PanelCounts | None:
+        """Counts of the training, if they are here."""
+        if self._counts is not None and (matching.layer is not None or matching.use_raw):
+            raise ConfigError(
+                "`layer` or `use_raw` is given without `adata`; the counts of the training are used.",
+                fix="pass `adata`, too.",
+            )
+        return self._counts
 
     def _energy_function(
         self,
@@ -606,7 +616,7 @@ class GeneJEPA:
                 "this model was loaded from a file and holds no cells to compare with.",
                 fix="pass reference=adata with cells that are known to be real, such as those of the training.",
             )
-        cells, known_keep = self._panel(reference, matching)
+        cells, known_keep = self.read_panel(reference, matching)
         assert self.jepa is not None
         return EnergyFunction(self.jepa, self.normalizer, cells, keep=_both(keep, known_keep), n_masks=n_masks)
 
@@ -669,7 +679,9 @@ class GeneJEPA:
                 f"{0 if counts is None else counts.n_obs} cells, in its order.",
                 fix="model.embed(adata)",
             )
-        self._write(adata, self._encode(counts), empty=cell_depth(counts) == 0, key_added=key_added, gene_overlap=1.0)
+        self._write(
+            adata, self.encode_panel(counts), empty=cell_depth(counts) == 0, key_added=key_added, gene_overlap=1.0
+        )
 
     def _write(
         self,
@@ -707,6 +719,10 @@ class GeneJEPA:
         genejepa.errors.OutOfDiskError
             If the disk is full; an earlier model is as it was.
         """
+        save_model(Path(dir_path).expanduser(), self.to_stored(), overwrite=overwrite)
+
+    def to_stored(self) -> StoredModel:
+        """What is kept of a trained model."""
         record = self._trained_record()
         assert self.jepa is not None
         config = {
@@ -717,8 +733,7 @@ class GeneJEPA:
             "allow_fractional": self.allow_fractional,
             "training": asdict(record),
         }
-        stored = StoredModel(config, self.genes, self.normalizer, self.jepa.state_dict())
-        save_model(Path(dir_path).expanduser(), stored, overwrite=overwrite)
+        return StoredModel(config, self.genes, self.normalizer, self.jepa.state_dict())
 
     @classmethod
     def load(cls, dir_path: str | Path, adata: AnnData | None = None) -> GeneJEPA:
@@ -735,7 +750,11 @@ class GeneJEPA:
             If the directory is not a complete model, or a byte of it was changed.
         """
         path = Path(dir_path).expanduser()
-        stored = load_model(path)
+        return cls.from_stored(load_model(path), path=path, adata=adata)
+
+    @classmethod
+    def from_stored(cls, stored: StoredModel, *, path: Path, adata: AnnData | None = None) -> GeneJEPA:
+        """Model from what was kept of it, in the directory ``path``; errors as in :meth:`load`."""
         model = cls.__new__(cls)
         try:
             config = stored.config

@@ -69,18 +69,22 @@ def save_model(directory: Path, stored: StoredModel, *, overwrite: bool = False)
     OSError
         If it cannot be written, such as :class:`genejepa.errors.OutOfDiskError`.
     """
+    write_bundle(directory, model_to_files(stored), kind=_KIND, version=MODEL_FORMAT_VERSION, overwrite=overwrite)
+
+
+def model_to_files(stored: StoredModel) -> dict[str, bytes]:
+    """Content of the files of a model by name; errors as in :func:`save_model`."""
     normalizer = stored.normalizer
     numbers: dict[str, Any] = {"median_depth": normalizer.median_depth, "batches": None}
     tensors = dict(stored.weights)
     if normalizer.batches is not None:
         numbers["batches"] = list(normalizer.batches.names)
         tensors |= {_BATCHES + name: _tensor(getattr(normalizer.batches, name)) for name in _BATCH_ARRAYS}
-    files = {
+    return {
         _CONFIG: json_to_bytes({**stored.config, "normalization": numbers}),
         _GENES: _genes_to_csv(stored.genes, normalizer),
         _TENSORS: tensors_to_bytes(tensors),
     }
-    write_bundle(directory, files, kind=_KIND, version=MODEL_FORMAT_VERSION, overwrite=overwrite)
 
 
 def load_model(directory: Path) -> StoredModel:
@@ -93,7 +97,11 @@ def load_model(directory: Path) -> StoredModel:
     OutOfMemoryError
         If it does not fit into memory.
     """
-    files = read_bundle(directory, kind=_KIND, version=MODEL_FORMAT_VERSION)
+    return model_from_files(read_bundle(directory, kind=_KIND, version=MODEL_FORMAT_VERSION), directory)
+
+
+def model_from_files(files: Mapping[str, bytes], directory: Path) -> StoredModel:
+    """Inverse of :func:`model_to_files`; errors as in :func:`load_model`."""
     for name in (_CONFIG, _GENES, _TENSORS):
         if name not in files:
             raise damaged(directory / name, "the file is missing")

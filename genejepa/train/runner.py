@@ -297,7 +297,7 @@ class _Run:
                 cpu_threads(self.threads),
                 plain_arithmetic(self.accelerator),
                 torch.enable_grad(),
-                _quiet_lightning(),
+                quiet_lightning(),
                 self.signals,
             ):
                 ending, error = self._fit(loader)
@@ -392,7 +392,7 @@ class _Run:
         if options.progress_bar:
             callbacks.append(TQDMProgressBar(refresh_rate=10))
         first_epoch = 0 if self.start is None else self.start.step // self.cells.steps_per_epoch
-        with _quiet_lightning():
+        with quiet_lightning():
             return Trainer(
                 accelerator=self.accelerator,
                 devices=self.devices,
@@ -420,7 +420,7 @@ def split_cells(counts: PanelCounts, *, train_size: float, seed: int) -> tuple[P
 
 
 @contextlib.contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Keep Lightning's notices about devices and workers away from the user for the length of a call."""
     # Both Lightning distributions log through this one; whichever was imported last has named it.
     log = rank_zero_module.log

@@ -305,7 +305,7 @@ def test_target_encoder_moves_once_per_optimizer_step(
 
     monkeypatch.setattr(training_module, "update_average", recorded)
     trainer = make_trainer(max_epochs=2, accumulate_grad_batches=accumulate)
-    with torch.random.fork_rng(devices=[]), runner._quiet_lightning():
+    with torch.random.fork_rng(devices=[]), runner.quiet_lightning():
         trainer.fit(module, step_loader(bench.dataset))
     steps_per_epoch = -(-3 // accumulate)
     assert trainer.global_step == 2 * steps_per_epoch

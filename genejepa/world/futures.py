@@ -1,0 +1,151 @@
+"""Which futures there are: separate places where cells from one place end."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from genejepa.world.transitions import Pairs
+
+_N_COMPONENTS = 8
+_CELLS_PER_COMPONENT = 10
+_CLEAR = 4.0
+"""Ashman's D above which two modes are apart: the halves of a normal distribution have 2.6, of a uniform one 3.5."""
+
+SMALLEST_SHARE = 0.1
+"""Share of the cells from one place that go somewhere, below which that is no future."""
+
+
+def modes_of(states: NDArray[np.floating], *, most: int, seed: int) -> NDArray[np.int64]:
+    """Mode of each cell of a population, (n,), of states (n, dim); all the same where there is no gap.
+
+    A Gaussian mixture with a common covariance in the leading principal components, its size by BIC (Schwarz 1978).
+    Components that do not stand apart, by Ashman's D > 4 along the line between them (Ashman, Bird & Zepf 1994,
+    doi:10.1086/117248), are one mode: a mixture also uses several components for one mode that
+    is not Gaussian. Modes with less than a tenth of the cells join the nearest one.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    n, dim = states.shape
+    n_components = min(_N_COMPONENTS, dim, n // _CELLS_PER_COMPONENT)
+    if n_components == 0:
+        return np.zeros(n, dtype=np.int64)
+    points = PCA(n_components, random_state=seed).fit_transform(states.astype(np.float64))
+    label = np.zeros(n, dtype=np.int64)
+    best = np.inf
+    for k in range(1, min(most, n // _CELLS_PER_COMPONENT) + 1):
+        mixture = GaussianMixture(k, covariance_type="tied", random_state=seed, reg_covar=1e-6 * float(points.var()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            mixture.fit(points)
+        if (bic := mixture.bic(points)) >= best:
+            break
+        best, label = bic, mixture.predict(points)
+    return _merge(points, label)
+
+
+def futures_of(
+    pairs: Sequence[Pairs],
+    before: Sequence[NDArray[np.int64]],
+    after: Sequence[NDArray[np.int64]],
+    states: Sequence[NDArray[np.floating]],
+    *,
+    most: int,
+) -> list[NDArray[np.int64]]:
+    """Number of the future of each pair of cells, for all transitions by one action.
+
+    A future is a mode of the cells after that at least a tenth of those from one mode before go to, if there is more
+    than one such. Within a mode, transport decides which cell goes where, and that is no knowledge. Futures of
+    different transitions have the same number if they end at the same place.
+
+    Parameters
+    ----------
+    pairs
+        Of each transition.
+    before, after
+        Modes of the cells of each transition before, (n,), and after, (m,).
+    states
+        States after, (m, dim).
+    most
+        Largest number of futures.
+    """
+    found = [np.zeros(len(own.weight), dtype=np.int64) for own in pairs]
+    centres: NDArray[np.float64] = np.empty((0, 0))
+    ends = [_ends(own, b, a) for own, b, a in zip(pairs, before, after, strict=True)]
+    by_size = sorted(range(len(pairs)), key=lambda k: -max(len(modes) for modes in ends[k].values()))
+    if max(len(modes) for modes in ends[by_size[0]].values()) == 1:
+        return found
+    for number in by_size:
+        for origin, modes in ends[number].items():
+            places = np.stack([states[number][after[number] == mode].mean(0) for mode in modes])
+            codes, centres = _aligned(places.astype(np.float64), centres, most=most)
+            own = before[number][pairs[number].before] == origin
+            target = after[number][pairs[number].after]
+            labels = np.full(len(target), codes[0])
+            for mode, code in zip(modes, codes, strict=True):
+                labels[target == mode] = code
+            found[number][own] = labels[own]
+    return found
+
+
+def _ends(pairs: Pairs, before: NDArray[np.int64], after: NDArray[np.int64]) -> dict[int, list[int]]:
+    """Modes after that each mode before goes to, the most frequent first."""
+    mass = np.zeros((before.max() + 1, after.max() + 1))
+    np.add.at(mass, (before[pairs.before], after[pairs.after]), pairs.weight)
+    found = {}
+    for origin in np.flatnonzero(mass.sum(1)):
+        share = mass[origin] / mass[origin].sum()
+        order = np.argsort(-share, kind="stable")
+        found[int(origin)] = [int(mode) for mode in order if share[mode] >= SMALLEST_SHARE] or [int(order[0])]
+    return found
+
+
+def _aligned(
+    places: NDArray[np.float64], centres: NDArray[np.float64], *, most: int
+) -> tuple[list[int], NDArray[np.float64]]:
+    """Numbers of some places among known ones, (n, dim), by the cheapest assignment; those left over are new."""
+    from scipy.optimize import linear_sum_assignment
+
+    if centres.size == 0:
+        centres = places[:most]
+    distance = np.linalg.norm(places[:, None] - centres, axis=-1)
+    codes = distance.argmin(1)
+    rows, columns = linear_sum_assignment(distance)
+    codes[rows] = columns
+    for row in sorted(set(range(len(places))) - set(rows.tolist())):
+        if len(centres) < most:
+            codes[row] = len(centres)
+            centres = np.vstack([centres, places[row]])
+    return [int(code) for code in codes], centres
+
+
+def _merge(points: NDArray[np.float64], label: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Join the pair of groups that stand least apart, until all do and none is small; numbered from 0."""
+    label = label.copy()
+    while len(names := np.unique(label)) > 1:
+        apart = {(a, b): _ashman(points[label == a], points[label == b]) for a in names for b in names if a < b}
+        small = {name for name in names if (label == name).mean() < SMALLEST_SHARE}
+        weakest = min(apart, key=lambda pair: (not small & set(pair), apart[pair]))
+        if apart[weakest] > _CLEAR and not small & set(weakest):
+            break
+        label[label == weakest[1]] = weakest[0]
+    return np.unique(label, return_inverse=True)[1].astype(np.int64).ravel()
+
+
+def _ashman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Ashman's D of two groups along the line between their means."""
+    line = first.mean(0) - second.mean(0)
+    length = np.linalg.norm(line)
+    if length == 0:
+        return 0.0
+    spread = (first @ line / length).var() + (second @ line / length).var()
+    return float(np.sqrt(2) * length / np.sqrt(max(spread, 1e-12 * length**2)))

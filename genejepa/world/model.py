@@ -1,0 +1,669 @@
+"""The world model: what becomes of cells when something is done to them, or when time passes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+import numpy as np
+import torch
+
+from genejepa._arithmetic import plain_arithmetic
+from genejepa._constants import OBSM_KEY
+from genejepa._memory import memory_errors
+from genejepa.data.inputs import as_anndata
+from genejepa.errors import ConfigError, DataError, ExtrapolationWarning, NotFittedError
+from genejepa.world.actions import Action, ActionSpace
+from genejepa.world.decoder import Decoder
+from genejepa.world.fitting import READOUT_SHARE, Fitted, Fitting
+from genejepa.world.plan import Plan
+from genejepa.world.planning import energy_distance, search
+from genejepa.world.slow import learn_slow
+from genejepa.world.stored import load_world, save_world
+from genejepa.world.transitions import Keys, populations, transitions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from genejepa.model import GeneJEPA
+    from genejepa.query import MatchingOptions
+    from genejepa.world.network import TransitionNetwork
+
+_FUTURES_STREAM = 11
+"""Keeps the random numbers that choose a future apart from those of other uses."""
+
+TIME = "time"
+"""Name of letting time pass, where there are no actions."""
+
+_MANY = 0.5
+"""Share of the cells that have to be unlike those of the fit before a warning is given."""
+
+
+class WorldModel:
+    """Transitions between states of cells, on the frozen latent of a trained model.
+
+    Parameters
+    ----------
+    model
+        A trained model; it is not changed.
+
+    Raises
+    ------
+    genejepa.errors.NotFittedError
+        If the model is not trained.
+
+    Examples
+    --------
+    >>> import genejepa
+    >>> cells = genejepa.simulation.branching(300, seed=0)
+    >>> model = genejepa.fit(cells, max_epochs=2, progress_bar=False)
+    >>> world = genejepa.WorldModel(model).fit(cells, time_key="time", max_steps=20)
+    >>> later = world.predict(cells[cells.obs["time"] == 0])
+    >>> later.obsm["X_genejepa"].shape[1]
+    64
+    """
+
+    def __init__(self, model: GeneJEPA) -> None:
+        if not model.is_trained:
+            raise NotFittedError("the model is not trained.", fix="call `model.train()` first.")
+        self.model = model
+        self._decoder = Decoder(model)
+        self._fitted: Fitted | None = None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether :meth:`fit` has run."""
+        return self._fitted is not None
+
+    @property
+    def actions(self) -> list[str]:
+        """Names of the known actions, without combinations."""
+        return list(self._known().space.names)
+
+    def fit(
+        self,
+        adata: AnnData | str | Path,
+        *,
+        action_key: str | None = None,
+        control: str | None = None,
+        group_key: str | None = None,
+        time_key: str | None = None,
+        dose_key: str | None = None,
+        max_futures: int = 8,
+        max_steps: int = 300,
+        seed: int = 0,
+        **matching: Unpack[MatchingOptions],
+    ) -> WorldModel:
+        """Learn what actions, or time, do to cells.
+
+        Populations before and after are matched by optimal transport within each group. A ridge regression on action
+        and state is the start; a network corrects it, as far as it predicts groups that it has not seen. See
+        ``docs/world.md``.
+
+        Parameters
+        ----------
+        adata
+            Raw counts, (n_obs, n_vars), or the path of a file.
+        action_key, control
+            Column of ``obs`` with what was done to each cell, and the name of doing nothing. ``"A+B"`` is a
+            combination, whose order does not matter.
+        group_key
+            Column of ``obs`` with populations that become each other only, such as cell types, donors or cultures.
+        time_key
+            Column of ``obs`` with the time of measurement, a number. With actions, the action of a cell is what was
+            done since the time before.
+        dose_key
+            Column of ``obs`` with the dose of the action, a number of at least 0; not read for controls.
+        max_futures
+            Largest number of separate futures to look for; 1 for none.
+        max_steps
+            Training steps of the network; 0 keeps the linear start.
+        seed
+            Seed of everything random; equal seeds give equal models.
+        **matching
+            ``layer``, ``use_raw``, ``gene_mapping``, ``duplicates``, ``min_overlap`` as in
+            :meth:`genejepa.GeneJEPA.get_latent_representation`.
+
+        Returns
+        -------
+        This object. An earlier fit is forgotten.
+
+        Raises
+        ------
+        genejepa.errors.MissingKeyError
+            If a column does not exist.
+        genejepa.errors.DataError
+            If no cell is a control or all are, no group has a population before and one after, or times or doses are
+            not finite numbers.
+        genejepa.errors.ConfigError
+            If the keys do not go together, or a number is out of range.
+        """
+        _require_whole("max_futures", max_futures, least=1)
+        _require_whole("max_steps", max_steps, least=0)
+        _require_whole("seed", seed, least=0)
+        keys = Keys(action_key, control, group_key, time_key, dose_key)
+        adata = as_anndata(adata)
+        found = populations(adata, keys)
+        pairs = transitions(found, keys)
+        space = ActionSpace.of(
+            [pair.action for pair in pairs], has_time=time_key is not None, gene_vectors=gene_vectors_of(self.model)
+        )
+        states, profiles = self._read(adata, matching)
+        with memory_errors("fitting the world model", fix="pass fewer cells."):
+            fitting = Fitting(
+                self._decoder,
+                states,
+                profiles,
+                pairs,
+                space,
+                most_futures=int(max_futures),
+                n_steps=int(max_steps),
+                seed=int(seed),
+            )
+            self._fitted = fitting.run(keys)
+        return self
+
+    def predict(
+        self,
+        adata: AnnData | str | Path,
+        action: str | None = None,
+        *,
+        dose: float | None = None,
+        duration: float | None = None,
+        n_futures: int = 1,
+        seed: int = 0,
+        **matching: Unpack[MatchingOptions],
+    ) -> AnnData:
+        """State and expression of cells after an action, or after some time.
+
+        Parameters
+        ----------
+        adata
+            Cells before, raw counts.
+        action
+            Name, ``"A+B"`` for a combination, or the gene of an unseen perturbation if the known actions are genes;
+            None for the control, that is for time alone.
+        dose
+            As in ``dose_key``.
+        duration
+            In the unit of ``time_key``; None for that of a median transition. More than the longest transition that was
+            learnt is predicted in several steps.
+        n_futures
+            1: one future for each cell, drawn with its probability, so that the population is right. More: so many
+            of the most probable futures of each cell.
+        seed
+            For drawing a future.
+        **matching
+            As in :meth:`fit`.
+
+        Returns
+        -------
+        AnnData, (n_obs * n_futures, n_genes), with cell after cell, and the futures of a cell from the most probable
+        one on. ``X``: log1p of counts scaled to the median depth of the training cells, as :meth:`expression` gives it:
+        that of the cell plus the predicted change, which is in ``layers["change"]``; small values below 0 are
+        possible. ``obsm["X_genejepa"]``: state. ``obs``: that of the cells and ``action``, ``future`` (its number, from
+        0), ``probability``, ``energy`` (about 1 for a state that cells have; see
+        :class:`genejepa.world.decoder.PlausibleStates`), all under names that start with ``genejepa_``.
+
+        Raises
+        ------
+        genejepa.errors.NotFittedError
+            Before :meth:`fit`.
+        genejepa.errors.MissingKeyError
+            If the action is unknown and cannot be told from its gene.
+        genejepa.errors.ConfigError
+            If dose, duration or ``n_futures`` is not possible.
+
+        Warns
+        -----
+        genejepa.errors.ExtrapolationWarning
+            If the action, combination, dose or duration was not seen, or most cells are unlike those of the fit.
+        """
+        fitted = self._known()
+        _require_whole("n_futures", n_futures, least=1)
+        if n_futures > fitted.network.n_codes:
+            raise ConfigError(
+                f"`n_futures` is {n_futures}, and the world model knows {fitted.network.n_codes}.",
+                fix=f"pass n_futures={fitted.network.n_codes} or fewer.",
+            )
+        vector, duration = self._encoded(action, dose, duration)
+        adata = as_anndata(adata)
+        states, profiles = self._read(adata, matching)
+        _warn_if_unlike(fitted, states)
+        steps = self._steps(duration)
+        rng = np.random.default_rng([seed, _FUTURES_STREAM])
+        outcome = Outcome.of_states(states)
+        for number, step in enumerate(steps):
+            is_last = number == len(steps) - 1
+            outcome = self._step(outcome, vector, step, n_futures=n_futures if is_last else 1, rng=rng)
+        return self._as_anndata(adata, profiles, outcome, action=action, n_futures=n_futures)
+
+    def rollout(
+        self,
+        adata: AnnData | str | Path,
+        actions: Sequence[str | None],
+        *,
+        seed: int = 0,
+        **matching: Unpack[MatchingOptions],
+    ) -> list[AnnData]:
+        """Cells after each of several actions, one after the other.
+
+        Parameters
+        ----------
+        actions
+            Names as in :meth:`predict`, each for the duration of a median transition.
+
+        Returns
+        -------
+        One AnnData, as from :meth:`predict`, for every step.
+        """
+        fitted = self._known()
+        adata = as_anndata(adata)
+        vectors = [self._encoded(action, None, None) for action in actions]
+        states, profiles = self._read(adata, matching)
+        _warn_if_unlike(fitted, states)
+        rng = np.random.default_rng([seed, _FUTURES_STREAM])
+        outcome, found = Outcome.of_states(states), []
+        for action, (vector, duration) in zip(actions, vectors, strict=True):
+            outcome = self._step(outcome, vector, duration, n_futures=1, rng=rng)
+            found.append(self._as_anndata(adata, profiles, outcome, action=action, n_futures=1))
+        return found
+
+    def expression(self, adata: AnnData | str | Path, **matching: Unpack[MatchingOptions]) -> AnnData:
+        """Observed log expression in the space of :meth:`predict`, to compare predictions with.
+
+        Returns
+        -------
+        AnnData, (n_obs, n_genes), with log1p of counts scaled to the median depth of the training cells, over the genes
+        of the model, in ``X``, the state in ``obsm["X_genejepa"]``, and ``obs`` as it was.
+        """
+        import pandas as pd
+        from anndata import AnnData
+
+        adata = as_anndata(adata)
+        states, profiles = self._read(adata, matching)
+        var = pd.DataFrame(index=np.array(self.model.genes, dtype=object))
+        return AnnData(profiles, obs=adata.obs.copy(), var=var, obsm={OBSM_KEY: states})
+
+    def plan(
+        self,
+        start: AnnData | str | Path,
+        goal: AnnData | str | Path,
+        actions: Sequence[str] | None = None,
+        *,
+        horizon: int = 3,
+        method: Literal["auto", "exhaustive", "cross_entropy", "hierarchical"] = "auto",
+        span: int = 3,
+        action_cost: float = 0.02,
+        n_best: int = 10,
+        n_cells: int = 100,
+        seed: int = 0,
+        **matching: Unpack[MatchingOptions],
+    ) -> Plan:
+        """Sequences of actions that lead from one population to another, the best first.
+
+        Nothing is done to cells: the population is imagined after each action, and compared with the goal by energy
+        distance in the latent.
+
+        Parameters
+        ----------
+        start, goal
+            Cells, raw counts.
+        actions
+            Names to choose from, also of combinations; None for all single actions, and with times also for letting
+            time pass.
+        horizon
+            Most actions in a sequence. Shorter ones count, too, and so does doing nothing.
+        method
+            ``exhaustive``: all sequences. ``cross_entropy``: a search of promising ones. ``hierarchical``: a slow
+            predictor, taught by the fast one, jumps over ``span`` actions at once to find sub-goals, and single
+            actions are searched from sub-goal to sub-goal. ``auto``: exhaustive up to 10,000 sequences, else
+            cross-entropy. See :func:`genejepa.world.planning.search`.
+        action_cost
+            Price of an action, as a share of the distance from start to goal.
+        n_best
+            Sequences to return.
+        n_cells
+            Most cells of start and of goal that are used, drawn at random.
+
+        Returns
+        -------
+        Plan, which :func:`genejepa.pl.plan` draws.
+
+        Raises
+        ------
+        genejepa.errors.NotFittedError
+            Before :meth:`fit`.
+        genejepa.errors.MissingKeyError
+            If an action is unknown.
+        genejepa.errors.ConfigError
+            If a number is out of range, there is no action, or the actions have doses, which cannot be planned.
+
+        Warns
+        -----
+        genejepa.errors.ExtrapolationWarning
+            As in :meth:`predict`.
+        """
+        fitted = self._known()
+        _require_whole("n_cells", n_cells, least=2)
+        _require_whole("seed", seed, least=0)
+        names = self._plannable(actions)
+        fast = FastDynamics(fitted.network, [self._encoded(name, None, None)[0] for name in names], seed=seed)
+        rng = np.random.default_rng([seed, _FUTURES_STREAM, 1])
+        first, last = (self._sampled(cells, n_cells, rng, matching) for cells in (start, goal))
+        _warn_if_unlike(fitted, first)
+        begin, end = torch.from_numpy(first), torch.from_numpy(last)
+        apart = float(energy_distance(begin[None], end)[0])
+        slow = None
+        if method == "hierarchical":
+            _require_whole("span", span, least=1)
+            slow = learn_slow(fast, torch.from_numpy(fitted.known.states), span=int(span), seed=int(seed))
+        found = search(
+            fast,
+            begin,
+            end,
+            horizon=horizon,
+            action_cost=action_cost * apart,
+            method=method,
+            slow=slow,
+            span=span if slow is not None else None,
+            n_best=n_best,
+            seed=seed,
+        )
+        return Plan(
+            sequences=[tuple(names[k] for k in candidate.actions) for candidate in found.candidates],
+            costs=np.array([candidate.cost for candidate in found.candidates]),
+            distances=[np.array(candidate.distances) for candidate in found.candidates],
+            populations=[fast.imagined(begin, candidate.actions) for candidate in found.candidates],
+            goal=last,
+            method=found.method,
+            n_evaluations=found.n_evaluations,
+        )
+
+    def save(self, dir_path: str | Path, *, overwrite: bool = False) -> None:
+        """Save the world model together with its model, without cells, as safetensors, JSON and CSV.
+
+        Raises
+        ------
+        FileExistsError
+            If the directory holds a world model and ``overwrite`` is False, or something else.
+        genejepa.errors.NotFittedError
+            Before :meth:`fit`.
+        """
+        save_world(Path(dir_path).expanduser(), self.model, self._known(), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, dir_path: str | Path) -> WorldModel:
+        """Load what :meth:`save` wrote; nothing in the directory is executed.
+
+        Raises
+        ------
+        genejepa.errors.ModelFileError
+            If the directory is not a complete world model, or a byte of it was changed.
+        """
+        model, fitted = load_world(Path(dir_path).expanduser(), gene_vectors_of)
+        world = cls(model)
+        world._fitted = fitted
+        return world
+
+    def _plannable(self, actions: Sequence[str] | None) -> list[str]:
+        """Names of the actions of a plan."""
+        fitted = self._known()
+        if fitted.space.has_doses:
+            raise ConfigError(
+                "the actions have doses, and plans choose among actions of one dose.",
+                fix="name each action with its dose in a column of its own, and fit without `dose_key`.",
+            )
+        names = list(fitted.space.names) if actions is None else list(dict.fromkeys(actions))
+        if actions is None and fitted.space.has_time:
+            names.append(fitted.keys.control or TIME)
+        if not names:
+            raise ConfigError("`actions` is empty.", fix="pass at least one action, or None for all.")
+        return names
+
+    def _sampled(
+        self, cells: AnnData | str | Path, n_cells: int, rng: np.random.Generator, matching: MatchingOptions
+    ) -> NDArray[np.float32]:
+        """States of some of the cells, (n, dim)."""
+        counts, keep = self.model.read_panel(as_anndata(cells), matching)
+        if counts.n_obs == 0:
+            raise DataError("`start` or `goal` has no cells.", fix="pass at least one cell of each.")
+        chosen = np.sort(rng.permutation(counts.n_obs)[:n_cells])
+        return self.model.encode_panel(counts, keep=keep, indices=chosen)
+
+    def _read(self, adata: AnnData, matching: MatchingOptions) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """States, (n_obs, dim), and log expression, (n_obs, n_genes); that of missing genes is decoded."""
+        counts, keep = self.model.read_panel(adata, matching)
+        if counts.n_obs == 0:
+            raise DataError("`adata` has no cells.", fix="pass at least one cell.")
+        states = self.model.encode_panel(counts, keep=keep)
+        profiles = self._decoder.profiles(counts, keep)
+        if keep is not None:
+            profiles[:, ~keep] = self._decoder.expression(states)[:, ~keep]
+        return states, profiles
+
+    def _known(self) -> Fitted:
+        if self._fitted is None:
+            raise NotFittedError("the world model is not fitted.", fix="call `world.fit(adata, ...)` first.")
+        return self._fitted
+
+    def _encoded(
+        self, action: str | None, dose: float | None, duration: float | None
+    ) -> tuple[NDArray[np.float64], float]:
+        """Vector of an action, and its duration in the unit of the model."""
+        fitted = self._known()
+        if action is None or action in (fitted.keys.control, TIME):
+            parsed = Action()
+        else:
+            parsed = Action.parse(action, control=fitted.keys.control, dose=dose)
+        if not parsed.parts and not fitted.space.has_time:
+            raise ConfigError(
+                f"`action` is {action!r}, the control, which changes nothing without time.",
+                fix=f"pass one of the actions {', '.join(map(repr, fitted.space.names[:5]))}.",
+            )
+        vector = fitted.space.encode(parsed)
+        if duration is None:
+            return vector, 1.0
+        if fitted.keys.time is None:
+            raise ConfigError("`duration` is given, and there was no `time_key`.", fix="leave `duration` out.")
+        if isinstance(duration, bool) or not math.isfinite(duration) or duration <= 0:
+            raise ConfigError(f"`duration` is {duration!r}, expected a number above 0.", fix="pass such a duration.")
+        return vector, duration / fitted.unit
+
+    def _steps(self, duration: float) -> list[float]:
+        """Durations of the steps, none longer than those learnt."""
+        fitted = self._known()
+        longest = fitted.longest / fitted.unit
+        n = max(1, math.ceil(duration / longest - 1e-9))
+        if n > 1:
+            warnings.warn(
+                f"Extrapolation: duration {duration * fitted.unit:g} is longer than any transition seen "
+                f"({fitted.longest:g}); it is predicted in {n} steps.",
+                ExtrapolationWarning,
+                stacklevel=3,
+            )
+        return [duration / n] * n
+
+    def _step(
+        self,
+        before: Outcome,
+        vector: NDArray[np.float64],
+        duration: float,
+        *,
+        n_futures: int,
+        rng: np.random.Generator,
+    ) -> Outcome:
+        """What becomes of cells in one step, with the change of expression added up."""
+        fitted = self._known()
+        futures, chances, linear = _futures(fitted, before.states, vector, duration)
+        if n_futures == 1:
+            draws = rng.random(len(chances))[:, None]
+            chosen = np.minimum((chances.cumsum(1) < draws).sum(1), chances.shape[1] - 1)[:, None]
+        else:
+            chosen = np.argsort(-chances, axis=1, kind="stable")[:, :n_futures]
+        rows = np.repeat(np.arange(len(chances)), n_futures)
+        after = futures[rows, chosen.ravel()]
+        decode = self._decoder.expression
+        by_readout = READOUT_SHARE * (decode(linear) - decode(before.states)) - decode(linear)
+        by_features = fitted.features(before.states, vector, duration) @ fitted.expression
+        change = before.change + by_readout + by_features
+        return Outcome(
+            after,
+            change[rows] + decode(after),
+            chosen.ravel(),
+            before.probability[rows] * chances[rows, chosen.ravel()],
+        )
+
+    def _as_anndata(
+        self,
+        adata: AnnData,
+        profiles: NDArray[np.float32],
+        outcome: Outcome,
+        *,
+        action: str | None,
+        n_futures: int,
+    ) -> AnnData:
+        import pandas as pd
+        from anndata import AnnData
+
+        rows = np.repeat(np.arange(adata.n_obs), n_futures)
+        obs = adata.obs.iloc[rows].copy()
+        if n_futures > 1:
+            obs.index = [f"{name}-{k % n_futures}" for k, name in enumerate(obs.index)]
+        obs["genejepa_action"] = pd.Categorical([action or TIME] * len(obs))
+        obs["genejepa_future"] = outcome.future
+        obs["genejepa_probability"] = outcome.probability.astype(np.float32)
+        obs["genejepa_energy"] = self._known().plausible.energy(self._decoder, outcome.states)
+        change = outcome.change.astype(np.float32)
+        return AnnData(
+            profiles[rows] + change,
+            obs=obs,
+            var=pd.DataFrame(index=np.array(self.model.genes, dtype=object)),
+            obsm={OBSM_KEY: outcome.states.astype(np.float32)},
+            layers={"change": change},
+        )
+
+    def __repr__(self) -> str:
+        if self._fitted is None:
+            return f"WorldModel({self.model!r}, not fitted)"
+        facts = self._fitted.facts
+        return (
+            f"WorldModel({self.model!r}, {facts['n_actions']} actions, {facts['n_transitions']} transitions, "
+            f"{facts['n_futures']} futures)"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What has become of cells.
+
+    Attributes
+    ----------
+    states : (n, dim)
+    change : (n, n_genes)
+        Of log expression, since the start.
+    future : (n,)
+        Number of the future in the last step.
+    probability : (n,)
+        Of all choices of a future.
+    """
+
+    states: NDArray[np.float64]
+    change: NDArray[np.float64]
+    future: NDArray[np.int64]
+    probability: NDArray[np.float64]
+
+    @classmethod
+    def of_states(cls, states: NDArray[np.float32]) -> Outcome:
+        """Nothing has happened yet."""
+        n = len(states)
+        return cls(states.astype(np.float64), np.zeros((n, 1)), np.zeros(n, dtype=np.int64), np.ones(n))
+
+
+def gene_vectors_of(model: GeneJEPA) -> dict[str, NDArray[np.float64]]:
+    """Identity of each gene: what it is to the predictor and to the read-out, each of unit mean square."""
+    assert model.jepa is not None
+    parts = [model.jepa.predictor.gene_queries.detach().numpy(), model.jepa.readout.linear.weight.detach().numpy()]
+    vectors = np.concatenate([part / np.sqrt(np.square(part).mean()) for part in parts], 1, dtype=np.float64)
+    return dict(zip(model.genes, vectors, strict=True))
+
+
+class FastDynamics:
+    """A transition network as planning uses it: populations and numbers of actions.
+
+    Parameters
+    ----------
+    vectors
+        Of the actions to choose from, (n_actions,) each.
+    seed
+        For the draws that choose a future for each cell; they are the same in every evaluation, so that sequences are
+        compared on equal terms.
+    """
+
+    def __init__(self, network: TransitionNetwork, vectors: Sequence[NDArray[np.float64]], *, seed: int) -> None:
+        self.network, self.seed = network, seed
+        self.vectors = torch.tensor(np.stack(vectors), dtype=torch.float32)
+
+    @property
+    def n_actions(self) -> int:
+        """Actions to choose from."""
+        return len(self.vectors)
+
+    @plain_arithmetic()
+    @torch.no_grad()
+    def step(self, populations: Tensor, actions: Tensor) -> Tensor:
+        """Populations, (n, n_cells, dim), after one action each, (n,)."""
+        n, n_cells, dim = populations.shape
+        vectors = self.vectors[actions].repeat_interleave(n_cells, 0)
+        flat = populations.flatten(0, 1)
+        futures, _ = self.network(flat, vectors, torch.ones(n * n_cells))
+        chances = self.network.chances(flat, vectors)
+        draws = np.random.default_rng([self.seed, _FUTURES_STREAM, 2]).permutation(n_cells)
+        level = torch.from_numpy((draws + 0.5) / n_cells).float().repeat(n)[:, None]
+        chosen = (chances.cumsum(1) < level).sum(1).clamp_max(self.network.n_codes - 1)
+        after: Tensor = futures[torch.arange(len(futures)), chosen]
+        return after.view(n, n_cells, dim)
+
+    def imagined(self, start: Tensor, actions: Sequence[int]) -> NDArray[np.float32]:
+        """Populations before any action and after each, (n_actions + 1, n_cells, dim)."""
+        found = [start]
+        for action in actions:
+            found.append(self.step(found[-1][None], torch.tensor([action]))[0])
+        return np.stack([population.numpy() for population in found])
+
+
+@plain_arithmetic()
+@torch.no_grad()
+def _futures(
+    fitted: Fitted, states: NDArray[np.float64], vector: NDArray[np.float64], duration: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Every future, (n, n_codes, dim), its probability, (n, n_codes), and the linear prediction, (n, dim)."""
+    z = torch.tensor(states, dtype=torch.float32)
+    action = torch.tensor(vector, dtype=torch.float32).expand(len(z), -1)
+    durations = torch.full((len(z),), duration)
+    after, _ = fitted.network(z, action, durations)
+    linear = z + fitted.network.linear(z, action, durations)
+    chances = fitted.network.chances(z, action)
+    return after.double().numpy(), chances.double().numpy(), linear.double().numpy()
+
+
+def _warn_if_unlike(fitted: Fitted, states: NDArray[np.floating]) -> None:
+    share = fitted.known.share_outside(states)
+    if share > _MANY:
+        warnings.warn(
+            f"Extrapolation: {share:.0%} of the cells are unlike those that transitions were learnt from.",
+            ExtrapolationWarning,
+            stacklevel=3,
+        )
+
+
+def _require_whole(name: str, value: Any, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a whole number of at least {least}.")

@@ -1,0 +1,112 @@
+"""The network that corrects the linear start, with a discrete latent variable for several futures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from genejepa.world.futures import SMALLEST_SHARE
+
+if TYPE_CHECKING:
+    from genejepa.world.linear import Features
+
+_CODE_DIM = 8
+
+
+class TransitionNetwork(nn.Module):
+    r"""Change of a state under an action, for every value of a discrete latent variable.
+
+    .. math:: \hat z_k = z + \tau \, [\text{linear}(z, a) + \text{linear}_k(z, a) + g f(z, a, k)]
+
+    with ``linear`` the ridge regression of all cells, ``linear_k`` what that of the cells with future ``k`` has more,
+    ``f`` a perceptron that starts at zero, ``tau`` the duration, and ``g`` in [0, 1] how far ``f`` is believed. An
+    action of strength 0 changes nothing. The probabilities of the futures are those of the action, times a factor that
+    depends on the state if that is believed, too. A latent variable of few values is the simplest one whose information
+    is limited, without which it could explain any outcome (LeCun 2022, "A path towards autonomous machine
+    intelligence", sec. 4.5.3).
+
+    Parameters
+    ----------
+    features
+        Of the linear start.
+    coefficients : (n_features, dim)
+        Of the linear start.
+    places : (n_codes, n_features, dim)
+        What the coefficients of each future have more.
+    prior_of_action : (n_actions, n_codes)
+        Log probabilities of the futures of each action; they add up over the parts of an action.
+    hidden
+        Width of the perceptron.
+    """
+
+    centre: Tensor
+    shared: Tensor
+    coefficients: Tensor
+    gate: Tensor
+    prior_gate: Tensor
+    prior_of_action: Tensor
+    places: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, features: Features, coefficients: Tensor, places: Tensor, prior_of_action: Tensor, *, hidden: int
+    ) -> None:
+        super().__init__()
+        dim, (n_actions, n_codes) = len(features.centre), prior_of_action.shape
+        self.n_codes = n_codes
+        self.register_buffer("centre", torch.tensor(features.centre, dtype=torch.float32))
+        self.register_buffer("scale", torch.tensor(features.variance**0.5, dtype=torch.float32))
+        self.register_buffer("shared", torch.tensor(features.shared, dtype=torch.float32))
+        self.register_buffer("coefficients", coefficients)
+        self.register_buffer("gate", torch.ones(()))
+        self.register_buffer("prior_gate", torch.ones(()))
+        self.codes = nn.Parameter(torch.randn(n_codes, _CODE_DIM))
+        self.register_buffer("places", places)
+        self.correction = nn.Sequential(
+            nn.Linear(dim + n_actions + _CODE_DIM, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
+        )
+        self.correction_out = nn.Linear(hidden, dim)
+        self.prior = nn.Sequential(nn.Linear(dim + n_actions, hidden), nn.SiLU())
+        self.prior_out = nn.Linear(hidden, n_codes)
+        self.register_buffer("prior_of_action", prior_of_action)
+        for layer in (self.correction_out, self.prior_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def _features(self, z: Tensor, action: Tensor, duration: Tensor) -> Tensor:
+        """As :class:`genejepa.world.linear.Features`, (n, n_features), with an action for each state."""
+        by_state = torch.einsum("nr,nd->nrd", action @ self.shared, z - self.centre).flatten(1)
+        return duration[:, None] * torch.cat([action, by_state], 1)
+
+    def linear(self, z: Tensor, action: Tensor, duration: Tensor) -> Tensor:
+        """Linear change, (n, dim), of states (n, dim) under actions (n, n_actions) for durations (n,)."""
+        return self._features(z, action, duration) @ self.coefficients
+
+    def departures(self, z: Tensor, action: Tensor, duration: Tensor) -> tuple[Tensor, Tensor]:
+        """What the perceptron adds, and what the linear start of each future does, both (n, n_codes, dim)."""
+        state = (z - self.centre) / self.scale
+        inputs = torch.cat([state, action], 1)[:, None].expand(-1, self.n_codes, -1)
+        codes = self.codes.expand(len(z), -1, -1)
+        strength = duration * action.abs().amax(1)
+        corrected = self.correction_out(self.correction(torch.cat([inputs, codes], -1)))
+        places = torch.einsum("nf,kfd->nkd", self._features(z, action, duration), self.places)
+        return self.gate * self.scale * strength[:, None, None] * corrected, places
+
+    def forward(self, z: Tensor, action: Tensor, duration: Tensor) -> tuple[Tensor, Tensor]:
+        """States of every future, (n, n_codes, dim), and the log probabilities of these, (n, n_codes)."""
+        corrected, places = self.departures(z, action, duration)
+        after = (z + self.linear(z, action, duration))[:, None] + corrected + places
+        return after, self.log_prior(z, action)
+
+    def log_prior(self, z: Tensor, action: Tensor) -> Tensor:
+        """Log probabilities of the futures, (n, n_codes)."""
+        by_state: Tensor = self.prior_out(self.prior(torch.cat([(z - self.centre) / self.scale, action], 1)))
+        return (self.prior_gate * by_state + action @ self.prior_of_action).log_softmax(-1)
+
+    def chances(self, z: Tensor, action: Tensor) -> Tensor:
+        """Probabilities of the futures, (n, n_codes), without those below a tenth, which is no future."""
+        likely = self.log_prior(z, action).exp()
+        likely = torch.where(likely >= SMALLEST_SHARE, likely, torch.zeros(()))
+        return likely / likely.sum(-1, keepdim=True)

@@ -1,0 +1,266 @@
+"""Training of the transition network: which cells it sees in which step, its objectives, and how far it is believed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genejepa._arithmetic import plain_arithmetic
+from genejepa._lightning import LightningModule, Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from genejepa.world.network import TransitionNetwork
+
+_TRANSITIONS_PER_STEP = 8
+_PAIRS = 64
+_STREAM = 9
+"""Keeps the random numbers of these batches apart from those of other uses."""
+
+_SET, _INVERSE, _ROLLOUT = 1.0, 0.1, 0.5
+"""Weights of the distance of populations, of inverse dynamics and of two-step predictions; the match counts 1."""
+
+_LEARNING_RATE, _WEIGHT_DECAY = 2e-3, 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Matched cells of one transition.
+
+    Attributes
+    ----------
+    before, after : (n, dim)
+    weight : (n,)
+        Sums to 1.
+    action : (n_actions,)
+    duration
+        In the unit of the model.
+    kind
+        Number of the action among those of the training.
+    followers
+        Numbers of the transitions that start from where this one ends.
+    """
+
+    before: Tensor
+    after: Tensor
+    weight: NDArray[np.float64]
+    action: Tensor
+    duration: float
+    kind: int
+    followers: tuple[int, ...]
+
+
+class Steps(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Batches by step; what is in one depends on the seed and the step alone."""
+
+    def __init__(self, examples: Sequence[Example], *, n_steps: int, seed: int) -> None:
+        self.examples, self.n_steps, self.seed = examples, n_steps, seed
+
+    def __len__(self) -> int:
+        return self.n_steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        """A few transitions, with as many pairs of cells of each, and for some a transition that follows."""
+        if not 0 <= step < self.n_steps:
+            raise IndexError(step)
+        rng = np.random.default_rng([self.seed, _STREAM, step])
+        n = min(_TRANSITIONS_PER_STEP, len(self.examples))
+        chosen = [self.examples[k] for k in rng.choice(len(self.examples), n, replace=False)]
+        parts = []
+        for example in chosen:
+            pairs = rng.choice(len(example.weight), _PAIRS, p=example.weight)
+            follower = self.examples[rng.choice(example.followers)] if example.followers else example
+            ends = rng.choice(len(follower.weight), _PAIRS, p=follower.weight)
+            parts.append(
+                {
+                    "before": example.before[pairs],
+                    "after": example.after[pairs],
+                    "action": example.action,
+                    "duration": torch.tensor(example.duration),
+                    "kind": torch.tensor(example.kind),
+                    "has_follower": torch.tensor(bool(example.followers)),
+                    "next_action": follower.action,
+                    "next_duration": torch.tensor(follower.duration),
+                    "next_after": follower.after[ends],
+                }
+            )
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+class TransitionModule(LightningModule):
+    """Objectives of a transition network.
+
+    With states in units of their deviation: the squared distance of each predicted cell to the one it is matched with,
+    for the future that explains it best; the cross entropy of the probabilities of the futures; the energy distance of
+    the predicted population to the one after (as in STATE, Adduri et al. 2025), also after two steps where one
+    transition follows another; and the cross entropy of an action told from the mean states before and after, of which
+    the one after is predicted, so that predictions keep what tells actions apart (inverse dynamics).
+
+    Parameters
+    ----------
+    network
+    spread
+        Variance of the states after around their predictions, in units of the square of the scale.
+    n_kinds
+        Number of different actions.
+    """
+
+    def __init__(self, network: TransitionNetwork, *, spread: float, n_kinds: int, n_steps: int) -> None:
+        super().__init__()
+        self.network, self.spread, self.n_kinds, self.n_steps = network, spread, n_kinds, n_steps
+        dim = len(network.centre)
+        self.inverse = nn.Sequential(nn.Linear(2 * dim, 64), nn.SiLU(), nn.Linear(64, n_kinds))
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        """Weighted sum of the objectives."""
+        network = self.network
+        n, n_pairs, dim = batch["before"].shape
+        before, after = batch["before"].flatten(0, 1), batch["after"].flatten(0, 1)
+        action = batch["action"].repeat_interleave(n_pairs, 0)
+        duration = batch["duration"].repeat_interleave(n_pairs)
+        futures, log_prior = network(before, action, duration)
+        errors = ((futures - after[:, None]) / network.scale).square().mean(-1)  # (n * n_pairs, n_codes)
+        belief = responsibilities(errors, log_prior, dim=dim, spread=self.spread)
+        loss: Tensor = (belief * errors).sum(-1).mean() - (belief * log_prior).sum(-1).mean()
+        likely = futures[torch.arange(len(futures)), belief.argmax(-1)]
+        predicted = likely.view(n, n_pairs, dim)
+        loss = loss + _SET * set_distance(predicted, batch["after"], network.scale).mean()
+        if self.n_kinds > 1:
+            loss = loss + _INVERSE * self._inverse_loss(batch, predicted)
+        follows = batch["has_follower"]
+        if bool(follows.any()):
+            second = self._second_step(
+                predicted[follows], batch["next_action"][follows], batch["next_duration"][follows]
+            )
+            loss = loss + _ROLLOUT * set_distance(second, batch["next_after"][follows], network.scale).mean()
+        return loss
+
+    def _inverse_loss(self, batch: dict[str, Tensor], predicted: Tensor) -> Tensor:
+        before = batch["before"].mean(1).repeat(2, 1)
+        after = torch.cat([batch["after"].mean(1), predicted.mean(1)])
+        told = self.inverse(torch.cat([before, after], -1) / self.network.scale)
+        return 2 * nn.functional.cross_entropy(told, batch["kind"].repeat(2))
+
+    def _second_step(self, states: Tensor, action: Tensor, duration: Tensor) -> Tensor:
+        """Mean futures, (n, n_pairs, dim), of predicted states."""
+        n, n_pairs, dim = states.shape
+        futures, log_prior = self.network(
+            states.flatten(0, 1), action.repeat_interleave(n_pairs, 0), duration.repeat_interleave(n_pairs)
+        )
+        mean: Tensor = (log_prior.exp()[..., None] * futures).sum(1).view(n, n_pairs, dim)
+        return mean
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a cosine to zero."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.n_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def responsibilities(errors: Tensor, log_prior: Tensor, *, dim: int, spread: float) -> Tensor:
+    """How well each future explains what came, (n, n_codes), rows summing to 1; carries no gradient.
+
+    Parameters
+    ----------
+    errors : (n, n_codes)
+        Mean squared error over the dimensions.
+    spread
+        Variance of the states after around their predictions, in the unit of the errors.
+    """
+    return (log_prior.detach() - 0.5 * dim * errors.detach() / spread).softmax(-1)
+
+
+def set_distance(predicted: Tensor, true: Tensor, scale: Tensor) -> Tensor:
+    """Energy distance, (n,), of sets (n, n_cells, dim), over the root of the dimension (Szekely & Rizzo 2013)."""
+    x, y = predicted / scale, true / scale
+
+    def mean_distance(a: Tensor, b: Tensor) -> Tensor:
+        squared: Tensor = a.square().sum(-1)[..., None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.transpose(-1, -2)
+        return squared.clamp_min(1e-6).sqrt().mean((-1, -2))  # the root has no slope at 0
+
+    distance: Tensor = (2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)) / x.shape[-1] ** 0.5
+    return distance
+
+
+def train_network(
+    network: TransitionNetwork, examples: Sequence[Example], *, spread: float, n_steps: int, seed: int
+) -> None:
+    """Train a network in place."""
+    from genejepa.train.runner import quiet_lightning
+
+    if n_steps == 0:
+        return
+    kinds = 1 + max(example.kind for example in examples)
+    with plain_arithmetic(), torch.enable_grad(), torch.random.fork_rng(devices=[]), quiet_lightning():
+        torch.manual_seed(seed)
+        module = TransitionModule(network, spread=spread, n_kinds=kinds, n_steps=n_steps)
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            gradient_clip_val=1.0,
+        )
+        batches = torch.utils.data.DataLoader(
+            Steps(examples, n_steps=n_steps, seed=seed), batch_size=None, shuffle=False
+        )
+        trainer.fit(module, batches)
+    network.eval()
+
+
+@dataclass
+class Belief:
+    """How far a network is right about transitions that it has not seen; summed over networks.
+
+    Attributes
+    ----------
+    with_truth, with_itself
+        Products of the perceptron's correction with what the rest of the network leaves unexplained, and with itself.
+    by_state, by_action
+        Cross entropy of the probabilities of the futures, with and without their dependence on the state.
+    """
+
+    with_truth: float = 0.0
+    with_itself: float = 0.0
+    by_state: float = 0.0
+    by_action: float = 0.0
+
+    @property
+    def gate(self) -> float:
+        """Least-squares factor of the correction, within [0, 1]."""
+        return float(np.clip(self.with_truth / self.with_itself, 0.0, 1.0)) if self.with_itself > 0 else 0.0
+
+    @property
+    def prior_gate(self) -> float:
+        """1 if probabilities that depend on the state are the better ones."""
+        return float(self.by_state < self.by_action)
+
+    @plain_arithmetic()
+    @torch.no_grad()
+    def add(self, network: TransitionNetwork, example: Example, *, spread: float) -> None:
+        """Look at one transition that was left out."""
+        n, dim = example.before.shape
+        action, duration = example.action.expand(n, -1), torch.full((n,), example.duration)
+        weight = torch.from_numpy(example.weight).float()
+        corrected, places = network.departures(example.before, action, duration)
+        by_action = (action @ network.prior_of_action).log_softmax(-1)
+        chance = by_action.exp()[..., None]
+        correction = (chance * corrected).sum(1)
+        linear = example.before + network.linear(example.before, action, duration)
+        left = example.after - linear - (chance * places).sum(1)
+        self.with_truth += float(weight @ (left * correction).sum(-1))
+        self.with_itself += float(weight @ correction.square().sum(-1))
+        errors = ((linear[:, None] + places - example.after[:, None]) / network.scale).square().mean(-1)
+        belief = responsibilities(errors, by_action, dim=dim, spread=spread)
+        self.by_state -= float(weight @ (belief * network.log_prior(example.before, action)).sum(-1))
+        self.by_action -= float(weight @ (belief * by_action).sum(-1))
