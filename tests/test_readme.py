@@ -38,13 +38,17 @@ def shell_lines() -> list[str]:
 
 @pytest.fixture
 def short_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every training take one pass over the cells, whatever the document asks for."""
-    train = genejepa.GeneJEPA.train
+    """Let every training take one pass over the cells, or five steps, whatever the document asks for."""
+    train, fit = genejepa.GeneJEPA.train, genejepa.WorldModel.fit
 
     def short(self: genejepa.GeneJEPA, **options: Any) -> None:
         train(self, **{**options, "max_epochs": 1, "progress_bar": False, "threads": 1})
 
+    def short_fit(self: genejepa.WorldModel, adata: AnnData, **options: Any) -> genejepa.WorldModel:
+        return fit(self, adata, **{**options, "max_steps": 5})
+
     monkeypatch.setattr(genejepa.GeneJEPA, "train", short)
+    monkeypatch.setattr(genejepa.WorldModel, "fit", short_fit)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,9 @@ def test_python_of_the_documents_runs(path: Path) -> None:
 
 
 def test_there_are_shell_lines() -> None:
-    assert {line.split()[1] for line in shell_lines()} == {"check", "fit", "embed", "energy", "probe", "info"}
+    assert {line.split()[1] for line in shell_lines()} == {
+        *("check", "fit", "embed", "energy", "predict", "plan", "probe", "info")
+    }
 
 
 @pytest.mark.parametrize("line", shell_lines())

@@ -37,7 +37,12 @@ def shortened(notebook: Any) -> Any:
     return notebook
 
 
-PICTURES = {"01_quickstart.ipynb": 3, "02_energy.ipynb": 3}
+PICTURES = {
+    "01_quickstart.ipynb": 3,
+    "02_energy.ipynb": 3,
+    "03_perturbation.ipynb": 2,
+    "04_time_and_planning.ipynb": 1,
+}
 
 
 def test_there_are_tutorials() -> None:

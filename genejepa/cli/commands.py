@@ -1,4 +1,4 @@
-"""The command line: ``genejepa check``, ``fit``, ``embed``, ``energy``, ``probe`` and ``info``.
+"""The command line: ``genejepa check``, ``fit``, ``embed``, ``energy``, ``predict``, ``plan``, ``probe`` and ``info``.
 
 Everything heavy is imported inside the functions, so that ``genejepa --help`` answers at once.
 """
@@ -18,6 +18,17 @@ from genejepa._version import __version__
 from genejepa.bundle import is_bundle, remove_bundle
 from genejepa.cli.describe import describe_cells, describe_model, echo_facts, training_facts
 from genejepa.cli.errors import EXIT_ERROR, EXIT_INTERRUPTED, plain_errors
+from genejepa.cli.options import (
+    READ_TIMEOUT,
+    BatchKey,
+    CellsFile,
+    GeneSymbols,
+    LabelsKey,
+    Layer,
+    Overwrite,
+    ReadTimeout,
+    UseRaw,
+)
 from genejepa.cli.output import (
     CELLS,
     CHECKPOINT,
@@ -43,6 +54,7 @@ from genejepa.cli.probes import (
     score_text,
 )
 from genejepa.cli.watch import read_watched
+from genejepa.cli.world import plan, predict
 from genejepa.config import GeneJEPAConfig, TrainConfig
 from genejepa.errors import ConfigError
 from genejepa.files import check_writable, output_file
@@ -57,7 +69,6 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 _DEFAULTS: Final = TrainConfig()
-_READ_TIMEOUT: Final = 600
 
 app = typer.Typer(
     name="genejepa",
@@ -96,20 +107,6 @@ class GeneMapping(StrEnum):
     orthologs = "orthologs"
 
 
-CellsFile = Annotated[Path, typer.Argument(metavar="CELLS.h5ad", help="Cells with raw counts.")]
-Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts.", show_default="X")]
-UseRaw = Annotated[bool, typer.Option("--use-raw", help="Take counts and genes from raw.")]
-BatchKey = Annotated[
-    str | None, typer.Option(help="Column of obs with the batch to correct for, such as the technology.")
-]
-GeneSymbols = Annotated[str | None, typer.Option(help="Column of var with gene names.", show_default="var_names")]
-LabelsKey = Annotated[str | None, typer.Option(help="Column of obs with labels: for probes only.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-ReadTimeout = Annotated[
-    int, typer.Option(min=1, max=1_000_000, help="Seconds to wait for a file of cells to open; a damaged one may hang.")
-]
-
-
 def _print_version(value: bool) -> None:
     if value:
         typer.echo(__version__)
@@ -138,7 +135,7 @@ def check(
     labels_key: LabelsKey = None,
     gene_symbols: GeneSymbols = None,
     model: Annotated[Path | None, typer.Option(help="Model that shall embed these cells.")] = None,
-    read_timeout: ReadTimeout = _READ_TIMEOUT,
+    read_timeout: ReadTimeout = READ_TIMEOUT,
 ) -> None:
     """Look for everything that would go wrong, before any training.
 
@@ -198,7 +195,7 @@ def fit(
     ] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0.0, help="Minutes between checkpoints.")] = 1.0,
     overwrite: Overwrite = False,
-    read_timeout: ReadTimeout = _READ_TIMEOUT,
+    read_timeout: ReadTimeout = READ_TIMEOUT,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as information=8; can be repeated."),
@@ -267,7 +264,7 @@ def embed(
     ] = 0.5,
     key_added: Annotated[str, typer.Option(help="Name of the embedding in obsm.")] = OBSM_KEY,
     overwrite: Overwrite = False,
-    read_timeout: ReadTimeout = _READ_TIMEOUT,
+    read_timeout: ReadTimeout = READ_TIMEOUT,
 ) -> None:
     """Embed other cells with a trained model.
 
@@ -318,7 +315,7 @@ def energy(
     use_raw: UseRaw = False,
     key_added: Annotated[str, typer.Option(help="Name of the column in obs.")] = "energy",
     overwrite: Overwrite = False,
-    read_timeout: ReadTimeout = _READ_TIMEOUT,
+    read_timeout: ReadTimeout = READ_TIMEOUT,
 ) -> None:
     """Tell how badly the halves of each cell predict it: high for doublets and unknown kinds of cell.
 
@@ -344,6 +341,16 @@ def energy(
     echo_facts({"Cells": f"{adata.n_obs:,}", "Energies": f"{spread} (reference: mean 1)", "Written": str(out)})
 
 
+app.command(
+    epilog="Example: genejepa predict cells.h5ad --model out/model --action-key condition --control ctrl "
+    "--group-key cell_type --action stim -o predicted.h5ad"
+)(predict)
+app.command(
+    epilog="Example: genejepa plan cells.h5ad --world out/world --start cell_type=HSC --goal cell_type=monocyte "
+    "-o plan.csv"
+)(plan)
+
+
 @app.command(epilog="Example: genejepa probe embedded.h5ad --labels-key cell_type --kind all --output table.csv")
 @plain_errors
 def probe(
@@ -357,7 +364,7 @@ def probe(
     seed: Annotated[int, typer.Option(help="Seed of folds and draws.")] = 0,
     output: Annotated[Path | None, typer.Option(help="CSV file for the whole table.")] = None,
     overwrite: Overwrite = False,
-    read_timeout: ReadTimeout = _READ_TIMEOUT,
+    read_timeout: ReadTimeout = READ_TIMEOUT,
 ) -> None:
     """Score how well simple classifiers read labels off an embedding.
 
@@ -383,7 +390,7 @@ def probe(
 @plain_errors
 def info(
     path: Annotated[Path, typer.Argument(metavar="MODEL_OR_H5AD", help="Model directory or h5ad file.")],
-    read_timeout: ReadTimeout = _READ_TIMEOUT,
+    read_timeout: ReadTimeout = READ_TIMEOUT,
 ) -> None:
     """Tell what a model directory or an h5ad file holds.
 

@@ -107,7 +107,12 @@ def _label_columns(adata: AnnData) -> list[str]:
 
 
 def echo_facts(facts: Mapping[str, str]) -> None:
-    """Print names and values in two columns; what would change the terminal, as names of a file can, is escaped."""
+    """Print names and values in two columns."""
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
-        typer.echo("".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"{name:<{width}}{value}"))
+        typer.echo(printable(f"{name:<{width}}{value}"))
+
+
+def printable(text: str) -> str:
+    """Text in which what would change the terminal, as names of a file can, is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -13,6 +13,7 @@ from genejepa.errors import (
     CheckpointWarning,
     CollapseWarning,
     DataWarning,
+    ExtrapolationWarning,
     GeneJEPAError,
     TrainingInterruptedWarning,
 )
@@ -26,7 +27,7 @@ EXIT_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 128 + 2
 _OF_THE_SYSTEM: Final = "check the path, its permissions, and the room on the disk."
 _OF_MEMORY: Final = "use a computer with more memory, or fewer cells at a time."
-_OWN: Final = (CheckpointWarning, CollapseWarning, DataWarning, TrainingInterruptedWarning)
+_OWN: Final = (CheckpointWarning, CollapseWarning, DataWarning, ExtrapolationWarning, TrainingInterruptedWarning)
 
 
 def plain_errors(command: Callable[P, None]) -> Callable[P, None]:

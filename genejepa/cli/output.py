@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +14,7 @@ from genejepa.errors import ConfigError
 from genejepa.files import output_file, replacing, write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from genejepa.model import GeneJEPA
 
 MODEL: Final = "model"
+WORLD: Final = "world model"
 CHECKPOINT: Final = "checkpoint"
 CELLS, PROBE, REPORT = "cells.h5ad", "probe.csv", "report.html"
 _COMPRESSIONS: Final = ("gzip", "lzf")
@@ -59,7 +61,7 @@ def check_directory(path: Path, *, cells: Path, overwrite: bool, resume: bool) -
     if not resume and path.is_dir() and any(path.iterdir()):
         raise ConfigError(f"{path} is not empty.", fix="give another name to --out, or pass --overwrite.")
     # The cells are written first, so that the others are of that call as well.
-    if present and (_is_same(cells, path / CELLS) or not _are_of_model(path / CELLS, path / MODEL)):
+    if present and (is_same(cells, path / CELLS) or not _are_of_model(path / CELLS, path / MODEL)):
         raise ConfigError(
             f"{path / present[0]} is there, and was not written by the training to be resumed.",
             fix="give another name to --out, or pass --overwrite to replace it.",
@@ -71,12 +73,15 @@ def remove_outputs(path: Path, *, cells: Path) -> None:
     for name in (MODEL, CHECKPOINT):
         remove_bundle(path / name)
     for name in (CELLS, PROBE, REPORT):
-        if not _is_same(cells, path / name):
+        if not is_same(cells, path / name):
             output_file(path / name).unlink(missing_ok=True)
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same file or directory, also to one that is not there yet."""
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _are_of_model(cells: Path, directory: Path) -> bool:
@@ -145,23 +150,47 @@ def _settings_of(model: GeneJEPA) -> dict[str, Any]:
     return {**settings, **asdict(model.registration), **chosen}
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+def check_output(path: Path, *, overwrite: bool, others: Iterable[Path | None] = ()) -> None:
     """Refuse an output file that exists, unless it may be overwritten, or that cannot be one.
+
+    Parameters
+    ----------
+    overwrite
+        Replace what is there.
+    others
+        What the command reads, or also writes, and this file may not replace.
 
     Raises
     ------
     ConfigError
-        If it is a directory, exists, or its directory does not exist.
+        If it is a directory, exists, is one of the others, or its directory does not exist.
     FileExistsError
         If it is a device, a pipe or a socket.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a directory, expected a file name.", fix="add a file name.")
+    if any(other is not None and is_same(path, other) for other in others):
+        raise ConfigError(f"{path} is read, or named for something else, by this command.", fix="give another name.")
     target = output_file(path)
     if target.exists() and not overwrite:
         raise ConfigError(f"{path} exists.", fix="give another name, or pass --overwrite.")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} does not exist.", fix=f"mkdir -p {shlex.quote(str(target.parent))}")
+
+
+def check_world(path: Path, *, overwrite: bool) -> None:
+    """Refuse a directory for a world model that holds one, unless it may be overwritten, or something else.
+
+    Raises
+    ------
+    ConfigError
+        If it holds a world model.
+    FileExistsError
+        If it holds something else, or is a file.
+    """
+    require_own(path, kind=WORLD, overwrite=True)
+    if is_bundle(path) and not overwrite:
+        raise ConfigError(f"{path} holds a world model.", fix="give another name to --save-world, or pass --overwrite.")
 
 
 def compression_of(path: Path) -> str | None:

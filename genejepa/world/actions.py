@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from genejepa.data.slots import missing_key
-from genejepa.errors import ConfigError, ExtrapolationWarning
+from genejepa.errors import ConfigError, ExtrapolationWarning, MissingKeyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +32,7 @@ class Action:
     Attributes
     ----------
     parts
-        Names, sorted; none for the control.
+        Different names, sorted; none for the control.
     dose
         Of every part, in the unit of the data; None if there are no doses.
     """
@@ -45,9 +46,10 @@ class Action:
 
         A name such as ``"CD3+"``, of which a part would be empty, is that of a single action.
         """
+        name = name.strip()
         parts = [part.strip() for part in name.split(SEPARATOR)]
-        parts = parts if all(parts) else [name]
-        named = tuple(sorted(part for part in parts if part != control))
+        parts = parts if all(parts) and name != control else [name]
+        named = tuple(sorted({part for part in parts if part != control}))
         return cls(named, dose if named else None)
 
     def __str__(self) -> str:
@@ -119,7 +121,8 @@ class ActionSpace:
         Warns
         -----
         ExtrapolationWarning
-            If the action is unknown, the combination was not seen, or the dose is above the largest seen.
+            If the action is unknown or was seen in combinations only, the combination was not seen, or the dose is
+            above the largest seen.
         """
         self._check_dose(action)
         vector = np.zeros(self.dim)
@@ -127,28 +130,36 @@ class ActionSpace:
         for part in action.parts:
             weights = self._weights(part)
             largest = float(weights @ self.largest_dose / weights.sum())
-            level = 1.0 if action.dose is None else math.log1p(action.dose) / math.log1p(largest)
-            if level > 1:
+            level = 1.0 if action.dose is None else math.log1p(action.dose) / math.log1p(largest or 1.0)
+            if action.dose is not None and action.dose > largest:
                 _warn(f"dose {action.dose:g} of {part!r} is above the largest one seen, {largest:g}")
             vector[self.has_time :] += level * weights
         unseen_parts = any(part not in self.names for part in action.parts)
-        if len(action.parts) > 1 and action.parts not in self.seen and not unseen_parts:
-            _warn(f"the combination {str(action)!r} was not seen; the effects of its parts are added")
+        if action.parts and action.parts not in self.seen and not unseen_parts:
+            if len(action.parts) > 1:
+                _warn(f"the combination {str(action)!r} was not seen; the effects of its parts are added")
+            else:
+                _warn(f"{str(action)!r} was seen in combinations only; its share of their effects is not known")
         return vector
 
     def _check_dose(self, action: Action) -> None:
         dose = action.dose
         if not action.parts:
             return
+        if dose is not None and not (is_finite_number(dose) and dose >= 0):
+            raise ConfigError(f"`dose` is {dose!r}, expected a finite number of at least 0.", fix="pass such a dose.")
         if (dose is None) == self.has_doses:
             found, fix = ("no dose", "pass `dose`.") if dose is None else (f"dose {dose!r}", "leave `dose` out.")
             expected = "one" if self.has_doses else "none, because there was no `dose_key`"
             raise ConfigError(f"{found} is given for {str(action)!r}, expected {expected}.", fix=fix)
-        if dose is not None and not (math.isfinite(dose) and dose >= 0):
-            raise ConfigError(f"`dose` is {dose!r}, expected a finite number of at least 0.", fix="pass such a dose.")
 
     def _weights(self, part: str) -> NDArray[np.float64]:
         """Weights of the known names, (n_names,), that stand for one name."""
+        if not self.names:
+            raise MissingKeyError(
+                f"`action` is {part!r}, and no action is known, because there was no `action_key`.",
+                fix="leave `action` out.",
+            )
         if part in self.names:
             return np.array([float(name == part) for name in self.names])
         genes = [self.gene_vectors.get(name) for name in self.names]
@@ -161,6 +172,11 @@ class ActionSpace:
             "gene identity vectors, which for unseen genes seldom beats the mean effect"
         )
         return mixture_weights(np.stack(known), own, ridge=_GENE_RIDGE)
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether a value is a finite real number, and no bool."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def mixture_weights(known: NDArray[np.float64], new: NDArray[np.float64], *, ridge: float) -> NDArray[np.float64]:
@@ -189,4 +205,4 @@ def mixture_weights(known: NDArray[np.float64], new: NDArray[np.float64], *, rid
 
 
 def _warn(what: str) -> None:
-    warnings.warn(f"Extrapolation: {what}.", ExtrapolationWarning, stacklevel=4)
+    warnings.warn(f"Extrapolation: {what}.", ExtrapolationWarning, stacklevel=5)

@@ -102,7 +102,10 @@ class PlausibleStates:
     @classmethod
     def fit(cls, decoder: Decoder, states: NDArray[np.floating]) -> PlausibleStates:
         """From states of cells, (n, dim)."""
-        return cls(ResidualScale.fit(decoder.residuals(states)))
+        scale = ResidualScale.fit(decoder.residuals(states))
+        # to 32 bits, as files have it, so that a loaded one gives the same energies
+        mean, precision = (array.astype(np.float32).astype(np.float64) for array in (scale.mean, scale.precision))
+        return cls(ResidualScale(mean, precision))
 
     def energy(self, decoder: Decoder, states: NDArray[np.floating]) -> NDArray[np.float32]:
         """Energy of states, (n,), from (n, dim)."""

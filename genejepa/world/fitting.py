@@ -38,7 +38,7 @@ READOUT_SHARE = 0.25
 _STATE_PENALTY, _EXPRESSION_PENALTY = 1.0, 3.0
 """Of the ridge regressions. Single genes are noisier than states."""
 
-HIDDEN = 128
+HIDDEN = 256
 _GATE_FOLDS = 3
 _N_NEIGHBOURS = 5
 _MOST_KNOWN = 1000

@@ -37,7 +37,7 @@ def modes_of(states: NDArray[np.floating], *, most: int, seed: int) -> NDArray[n
 
     n, dim = states.shape
     n_components = min(_N_COMPONENTS, dim, n // _CELLS_PER_COMPONENT)
-    if n_components == 0:
+    if n_components == 0 or not np.ptp(states, axis=0).any():
         return np.zeros(n, dtype=np.int64)
     points = PCA(n_components, random_state=seed).fit_transform(states.astype(np.float64))
     label = np.zeros(n, dtype=np.int64)

@@ -15,13 +15,14 @@ from genejepa._arithmetic import plain_arithmetic
 from genejepa._constants import OBSM_KEY
 from genejepa._memory import memory_errors
 from genejepa.data.inputs import as_anndata
+from genejepa.data.slots import as_text
 from genejepa.errors import ConfigError, DataError, ExtrapolationWarning, NotFittedError
-from genejepa.world.actions import Action, ActionSpace
+from genejepa.world.actions import Action, ActionSpace, is_finite_number
 from genejepa.world.decoder import Decoder
 from genejepa.world.fitting import READOUT_SHARE, Fitted, Fitting
 from genejepa.world.plan import Plan
 from genejepa.world.planning import energy_distance, search
-from genejepa.world.slow import learn_slow
+from genejepa.world.slow import SlowDynamics, learn_slow
 from genejepa.world.stored import load_world, save_world
 from genejepa.world.transitions import Keys, populations, transitions
 
@@ -41,6 +42,9 @@ _FUTURES_STREAM = 11
 
 TIME = "time"
 """Name of letting time pass, where there are no actions."""
+
+_MOST_STEPS = 100
+"""Steps after which nothing that was learnt is left of a prediction."""
 
 _MANY = 0.5
 """Share of the cells that have to be unlike those of the fit before a warning is given."""
@@ -76,6 +80,7 @@ class WorldModel:
         self.model = model
         self._decoder = Decoder(model)
         self._fitted: Fitted | None = None
+        self._slow: dict[tuple[object, ...], SlowDynamics] = {}
 
     @property
     def is_fitted(self) -> bool:
@@ -87,6 +92,20 @@ class WorldModel:
         """Names of the known actions, without combinations."""
         return list(self._known().space.names)
 
+    @property
+    def keys(self) -> Keys:
+        """Columns that the fit has read."""
+        return self._known().keys
+
+    @property
+    def facts(self) -> dict[str, float | int | str]:
+        """What the fit has found: transitions, groups, actions, futures, and how far the network is believed.
+
+        ``gate`` and ``prior_gate`` are the factors, from 0 to 1, of the network's correction of the linear start and of
+        how probabilities of futures depend on the state, by what they were worth for groups that were left out.
+        """
+        return dict(self._known().facts)
+
     def fit(
         self,
         adata: AnnData | str | Path,
@@ -97,7 +116,7 @@ class WorldModel:
         time_key: str | None = None,
         dose_key: str | None = None,
         max_futures: int = 8,
-        max_steps: int = 300,
+        max_steps: int | None = None,
         seed: int = 0,
         **matching: Unpack[MatchingOptions],
     ) -> WorldModel:
@@ -124,7 +143,8 @@ class WorldModel:
         max_futures
             Largest number of separate futures to look for; 1 for none.
         max_steps
-            Training steps of the network; 0 keeps the linear start.
+            Training steps of the network; None for four for each transition, from 300 to 3,000. 0 keeps the linear
+            start.
         seed
             Seed of everything random; equal seeds give equal models.
         **matching
@@ -146,9 +166,10 @@ class WorldModel:
             If the keys do not go together, or a number is out of range.
         """
         _require_whole("max_futures", max_futures, least=1)
-        _require_whole("max_steps", max_steps, least=0)
+        if max_steps is not None:
+            _require_whole("max_steps", max_steps, least=0)
         _require_whole("seed", seed, least=0)
-        keys = Keys(action_key, control, group_key, time_key, dose_key)
+        keys = Keys(action_key, None if control is None else as_text(control).strip(), group_key, time_key, dose_key)
         adata = as_anndata(adata)
         found = populations(adata, keys)
         pairs = transitions(found, keys)
@@ -164,10 +185,10 @@ class WorldModel:
                 pairs,
                 space,
                 most_futures=int(max_futures),
-                n_steps=int(max_steps),
+                n_steps=_n_steps(len(pairs)) if max_steps is None else int(max_steps),
                 seed=int(seed),
             )
-            self._fitted = fitting.run(keys)
+            self._fitted, self._slow = fitting.run(keys), {}
         return self
 
     def predict(
@@ -228,6 +249,7 @@ class WorldModel:
         """
         fitted = self._known()
         _require_whole("n_futures", n_futures, least=1)
+        _require_whole("seed", seed, least=0)
         if n_futures > fitted.network.n_codes:
             raise ConfigError(
                 f"`n_futures` is {n_futures}, and the world model knows {fitted.network.n_codes}.",
@@ -265,6 +287,8 @@ class WorldModel:
         One AnnData, as from :meth:`predict`, for every step.
         """
         fitted = self._known()
+        _require_whole("seed", seed, least=0)
+        _require_names(actions)
         adata = as_anndata(adata)
         vectors = [self._encoded(action, None, None) for action in actions]
         states, profiles = self._read(adata, matching)
@@ -301,7 +325,7 @@ class WorldModel:
         horizon: int = 3,
         method: Literal["auto", "exhaustive", "cross_entropy", "hierarchical"] = "auto",
         span: int = 3,
-        action_cost: float = 0.02,
+        action_cost: float = 0.05,
         n_best: int = 10,
         n_cells: int = 100,
         seed: int = 0,
@@ -354,6 +378,7 @@ class WorldModel:
         fitted = self._known()
         _require_whole("n_cells", n_cells, least=2)
         _require_whole("seed", seed, least=0)
+        _require_names(actions)
         names = self._plannable(actions)
         fast = FastDynamics(fitted.network, [self._encoded(name, None, None)[0] for name in names], seed=seed)
         rng = np.random.default_rng([seed, _FUTURES_STREAM, 1])
@@ -364,7 +389,7 @@ class WorldModel:
         slow = None
         if method == "hierarchical":
             _require_whole("span", span, least=1)
-            slow = learn_slow(fast, torch.from_numpy(fitted.known.states), span=int(span), seed=int(seed))
+            slow = self._slow_dynamics(fast, names, span=int(span), seed=int(seed))
         found = search(
             fast,
             begin,
@@ -428,6 +453,14 @@ class WorldModel:
             raise ConfigError("`actions` is empty.", fix="pass at least one action, or None for all.")
         return names
 
+    def _slow_dynamics(self, fast: FastDynamics, names: list[str], *, span: int, seed: int) -> SlowDynamics:
+        """Slow predictor for some actions, taught once."""
+        key = (*names, span, seed)
+        if key not in self._slow:
+            states = torch.from_numpy(self._known().known.states)
+            self._slow[key] = learn_slow(fast, states, span=span, seed=seed)
+        return self._slow[key]
+
     def _sampled(
         self, cells: AnnData | str | Path, n_cells: int, rng: np.random.Generator, matching: MatchingOptions
     ) -> NDArray[np.float32]:
@@ -459,10 +492,10 @@ class WorldModel:
     ) -> tuple[NDArray[np.float64], float]:
         """Vector of an action, and its duration in the unit of the model."""
         fitted = self._known()
-        if action is None or action in (fitted.keys.control, TIME):
+        if action is None or (action == TIME and TIME not in fitted.space.names):
             parsed = Action()
         else:
-            parsed = Action.parse(action, control=fitted.keys.control, dose=dose)
+            parsed = Action.parse(as_text(action), control=fitted.keys.control, dose=dose)
         if not parsed.parts and not fitted.space.has_time:
             raise ConfigError(
                 f"`action` is {action!r}, the control, which changes nothing without time.",
@@ -473,7 +506,7 @@ class WorldModel:
             return vector, 1.0
         if fitted.keys.time is None:
             raise ConfigError("`duration` is given, and there was no `time_key`.", fix="leave `duration` out.")
-        if isinstance(duration, bool) or not math.isfinite(duration) or duration <= 0:
+        if not is_finite_number(duration) or duration <= 0:
             raise ConfigError(f"`duration` is {duration!r}, expected a number above 0.", fix="pass such a duration.")
         return vector, duration / fitted.unit
 
@@ -482,6 +515,12 @@ class WorldModel:
         fitted = self._known()
         longest = fitted.longest / fitted.unit
         n = max(1, math.ceil(duration / longest - 1e-9))
+        if n > _MOST_STEPS:
+            raise ConfigError(
+                f"`duration` is {duration * fitted.unit:g}, more than {_MOST_STEPS} times the longest transition seen, "
+                f"{fitted.longest:g}.",
+                fix="pass a shorter duration, in the unit of the times of the fit.",
+            )
         if n > 1:
             warnings.warn(
                 f"Extrapolation: duration {duration * fitted.unit:g} is longer than any transition seen "
@@ -662,6 +701,16 @@ def _warn_if_unlike(fitted: Fitted, states: NDArray[np.floating]) -> None:
             ExtrapolationWarning,
             stacklevel=3,
         )
+
+
+def _n_steps(n_transitions: int) -> int:
+    """Steps that suffice for so many transitions."""
+    return min(max(300, 4 * n_transitions), 3000)
+
+
+def _require_names(actions: Sequence[str | None] | None) -> None:
+    if isinstance(actions, str):
+        raise ConfigError(f"`actions` is {actions!r}, expected a list of names.", fix=f"pass actions=[{actions!r}].")
 
 
 def _require_whole(name: str, value: Any, *, least: int) -> None:

@@ -64,9 +64,12 @@ class TransitionNetwork(nn.Module):
         self.register_buffer("prior_gate", torch.ones(()))
         self.codes = nn.Parameter(torch.randn(n_codes, _CODE_DIM))
         self.register_buffer("places", places)
-        self.correction = nn.Sequential(
-            nn.Linear(dim + n_actions + _CODE_DIM, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
-        )
+        self.first = nn.Linear(dim + n_actions + _CODE_DIM, hidden)
+        self.second = nn.Linear(hidden, hidden)
+        # An action scales the units of both layers: what it does depends on the state in its own way (FiLM, Perez et
+        # al. 2018, arXiv:1709.07871).
+        self.first_gain = nn.Linear(n_actions, hidden)
+        self.second_gain = nn.Linear(n_actions, hidden)
         self.correction_out = nn.Linear(hidden, dim)
         self.prior = nn.Sequential(nn.Linear(dim + n_actions, hidden), nn.SiLU())
         self.prior_out = nn.Linear(hidden, n_codes)
@@ -90,7 +93,9 @@ class TransitionNetwork(nn.Module):
         inputs = torch.cat([state, action], 1)[:, None].expand(-1, self.n_codes, -1)
         codes = self.codes.expand(len(z), -1, -1)
         strength = duration * action.abs().amax(1)
-        corrected = self.correction_out(self.correction(torch.cat([inputs, codes], -1)))
+        units = nn.functional.silu(self.first(torch.cat([inputs, codes], -1))) * (1 + self.first_gain(action))[:, None]
+        units = nn.functional.silu(self.second(units)) * (1 + self.second_gain(action))[:, None]
+        corrected = self.correction_out(units)
         places = torch.einsum("nf,kfd->nkd", self._features(z, action, duration), self.places)
         return self.gate * self.scale * strength[:, None, None] * corrected, places
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from genejepa._arithmetic import plain_arithmetic
-from genejepa._lightning import LightningModule, Trainer
+from genejepa._lightning import LightningModule
+from genejepa.world.training import run_steps
 
 if TYPE_CHECKING:
     from typing import Any
@@ -152,22 +153,11 @@ class _SlowModule(LightningModule):
 
 
 def _train(network: SlowNetwork, before: Tensor, sequences: Tensor, after: Tensor, *, seed: int) -> None:
-    from genejepa.train.runner import quiet_lightning
-
     rng = np.random.default_rng([seed, _STREAM, 1])
     rows = [torch.from_numpy(rng.integers(len(before), size=_BATCH)) for _ in range(_N_STEPS)]
-    with torch.enable_grad(), quiet_lightning():
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=1,
-            logger=False,
-            enable_progress_bar=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            gradient_clip_val=1.0,
-        )
-        trainer.fit(_SlowModule(network), [(before[own], sequences[own], after[own]) for own in rows])
+    with torch.enable_grad():
+        cells = torch.utils.data.TensorDataset(before, sequences, after)
+        run_steps(_SlowModule(network), torch.utils.data.DataLoader(cells, batch_size=None, sampler=rows))
 
 
 def _library(network: SlowNetwork, *, span: int, seed: int) -> Tensor:

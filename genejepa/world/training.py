@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,21 +14,21 @@ from genejepa._arithmetic import plain_arithmetic
 from genejepa._lightning import LightningModule, Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from genejepa.world.network import TransitionNetwork
 
-_TRANSITIONS_PER_STEP = 8
-_PAIRS = 64
+_TRANSITIONS_PER_STEP = 32
+_PAIRS_PER_STEP, _FEWEST_PAIRS = 512, 16
 _STREAM = 9
 """Keeps the random numbers of these batches apart from those of other uses."""
 
 _SET, _INVERSE, _ROLLOUT = 1.0, 0.1, 0.5
 """Weights of the distance of populations, of inverse dynamics and of two-step predictions; the match counts 1."""
 
-_LEARNING_RATE, _WEIGHT_DECAY = 2e-3, 0.05
+_LEARNING_RATE, _WEIGHT_DECAY = 5e-3, 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,14 @@ class Example:
     kind: int
     followers: tuple[int, ...]
 
+    def draw(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Numbers of pairs, (n,), drawn with their weights."""
+        return np.minimum(np.searchsorted(self._cumulative, rng.random(n)), len(self.weight) - 1)
+
+    @cached_property
+    def _cumulative(self) -> NDArray[np.float64]:
+        return np.cumsum(self.weight)
+
 
 class Steps(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Batches by step; what is in one depends on the seed and the step alone."""
@@ -72,12 +81,13 @@ class Steps(torch.utils.data.Dataset[dict[str, Tensor]]):
             raise IndexError(step)
         rng = np.random.default_rng([self.seed, _STREAM, step])
         n = min(_TRANSITIONS_PER_STEP, len(self.examples))
+        n_pairs = max(_PAIRS_PER_STEP // n, _FEWEST_PAIRS)
         chosen = [self.examples[k] for k in rng.choice(len(self.examples), n, replace=False)]
         parts = []
         for example in chosen:
-            pairs = rng.choice(len(example.weight), _PAIRS, p=example.weight)
+            pairs = example.draw(n_pairs, rng)
             follower = self.examples[rng.choice(example.followers)] if example.followers else example
-            ends = rng.choice(len(follower.weight), _PAIRS, p=follower.weight)
+            ends = follower.draw(n_pairs, rng)
             parts.append(
                 {
                     "before": example.before[pairs],
@@ -193,14 +203,30 @@ def train_network(
     network: TransitionNetwork, examples: Sequence[Example], *, spread: float, n_steps: int, seed: int
 ) -> None:
     """Train a network in place."""
-    from genejepa.train.runner import quiet_lightning
-
     if n_steps == 0:
         return
     kinds = 1 + max(example.kind for example in examples)
-    with plain_arithmetic(), torch.enable_grad(), torch.random.fork_rng(devices=[]), quiet_lightning():
+    with plain_arithmetic(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = TransitionModule(network, spread=spread, n_kinds=kinds, n_steps=n_steps)
+        batches = torch.utils.data.DataLoader(
+            Steps(examples, n_steps=n_steps, seed=seed), batch_size=None, shuffle=False
+        )
+        run_steps(module, batches)
+    network.eval()
+
+
+def run_steps(module: LightningModule, batches: Iterable[Any]) -> None:
+    """Train a module in place, one step for each batch, on the CPU and without a word.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        On Ctrl-C. Lightning makes it a SystemExit, which would end a notebook.
+    """
+    from genejepa.train.runner import quiet_lightning
+
+    with quiet_lightning():
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
@@ -211,11 +237,12 @@ def train_network(
             enable_model_summary=False,
             gradient_clip_val=1.0,
         )
-        batches = torch.utils.data.DataLoader(
-            Steps(examples, n_steps=n_steps, seed=seed), batch_size=None, shuffle=False
-        )
-        trainer.fit(module, batches)
-    network.eval()
+        try:
+            trainer.fit(module, batches)
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):  # somebody else's exit
+                raise
+            raise KeyboardInterrupt from error
 
 
 @dataclass

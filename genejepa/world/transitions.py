@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from genejepa.data.slots import obs_column
+from genejepa.data.slots import as_text, obs_column
 from genejepa.errors import ConfigError, DataError, DataWarning
 from genejepa.world.actions import SEPARATOR, Action
 
@@ -147,7 +147,8 @@ def populations(adata: AnnData, keys: Keys) -> list[Population]:
     MissingKeyError
         If a column does not exist.
     DataError
-        If times or doses are no finite numbers, a dose is negative, no cell is a control, or all are.
+        If there are no cells, times or doses are no finite numbers, a dose is negative, no cell is a control, or all
+        are.
 
     Warns
     -----
@@ -157,18 +158,21 @@ def populations(adata: AnnData, keys: Keys) -> list[Population]:
     import pandas as pd
 
     n_obs = adata.n_obs
+    if n_obs == 0:
+        raise DataError("`adata` has no cells.", fix="pass cells before and after.")
     group = _texts(adata, keys.group) if keys.group is not None else pd.Series(["all cells"] * n_obs)
-    name = _texts(adata, keys.action) if keys.action is not None else pd.Series([""] * n_obs)
+    name = _texts(adata, keys.action, control=keys.control) if keys.action is not None else pd.Series([""] * n_obs)
     known = (group.notna() & name.notna()).to_numpy()
-    actions = {text: Action.parse(text, control=keys.control) if text else Action() for text in name.dropna().unique()}
+    actions = {text: Action.parse(text, control=keys.control or "") for text in name.dropna().unique()}
     by_name = {SEPARATOR.join(action.parts): action.parts for action in actions.values()}
     name = name.map({text: SEPARATOR.join(action.parts) for text, action in actions.items()})  # A+B is B+A
     is_control = (name == "").to_numpy()
     if keys.action is not None:
         _require_controls(keys, list(actions), is_control)
     time = _numbers(adata, keys.time, of=known) if keys.time is not None else np.zeros(n_obs)
-    dose = _numbers(adata, keys.dose, of=known & ~is_control) if keys.dose is not None else np.zeros(n_obs)
-    if keys.dose is not None and (dose[known & ~is_control] < 0).any():
+    treated = known & ~is_control
+    dose = _numbers(adata, keys.dose, of=treated, keys=keys) if keys.dose is not None else np.zeros(n_obs)
+    if keys.dose is not None and (dose[treated] < 0).any():
         raise DataError(f"`obs[{keys.dose!r}]` has negative doses.", fix="give doses as numbers of at least 0.")
     if not known.all():
         n = int((~known).sum())
@@ -268,24 +272,29 @@ def _before(target: Population, previous: list[Population]) -> Population | None
     return previous[0] if len(previous) == 1 else None
 
 
-def _texts(adata: AnnData, key: str) -> pd.Series[str]:
-    """Column as texts, missing where it is."""
+def _texts(adata: AnnData, key: str, *, control: str | None = None) -> pd.Series[str]:
+    """Column as texts; missing where it is, or where it is blank and that is not the control."""
     column = obs_column(adata, key).reset_index(drop=True)
-    return column.astype(str).where(column.notna())
+    texts = column.astype(str)
+    return texts.where(column.notna() & ((texts.str.strip() != "") | (control == "")))
 
 
-def _numbers(adata: AnnData, key: str, *, of: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Column as finite numbers for some cells."""
+def _numbers(adata: AnnData, key: str, *, of: NDArray[np.bool_], keys: Keys | None = None) -> NDArray[np.float64]:
+    """Column as finite numbers for some cells; with keys, not for controls."""
     import pandas as pd
 
     column = obs_column(adata, key)
     values = pd.to_numeric(column.astype(object), errors="coerce").to_numpy(dtype=np.float64)
     bad = of & ~np.isfinite(values)
     if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        kept = f"numpy.isfinite(pandas.to_numeric(adata.obs[{key!r}].astype(object), errors='coerce'))"
+        if keys is not None:
+            kept = f"(adata.obs[{keys.action!r}] == {keys.control!r}) | {kept}"
         raise DataError(
             f"`obs[{key!r}]` has no finite number for {int(bad.sum())} of {len(values)} cells, such as "
-            f"{column.iloc[int(np.flatnonzero(bad)[0])]!r} of {adata.obs_names[int(np.flatnonzero(bad)[0])]!r}.",
-            fix=f"adata = adata[pandas.to_numeric(adata.obs[{key!r}], errors='coerce').notna()].copy()",
+            f"{as_text(column.iloc[first])!r} of {adata.obs_names[first]!r}.",
+            fix=f"make `obs[{key!r}]` numbers." if bad[of].all() else f"adata = adata[{kept}].copy()",
         )
     return values
 
@@ -299,7 +308,7 @@ def _require_controls(keys: Keys, names: list[str], is_control: NDArray[np.bool_
     if not is_control.any() and keys.time is None:
         raise DataError(
             f"no cell is a control: `obs[{keys.action!r}]` is never {keys.control!r}, found "
-            f"{', '.join(map(repr, sorted(names)[:_N_LISTED]))}{', ...' if len(names) > _N_LISTED else ''}.",
+            f"{', '.join(map(repr, sorted(names)[:_N_LISTED])) or 'none'}{', ...' if len(names) > _N_LISTED else ''}.",
             fix="pass the name of the control as `control`.",
         )
 
