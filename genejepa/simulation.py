@@ -246,8 +246,7 @@ def _holds(tree: ast.expr, corner: tuple[bool, ...]) -> bool:
         return (all if isinstance(tree.op, ast.And) else any)(_holds(part, corner) for part in tree.values)
     if isinstance(tree, ast.UnaryOp):
         return not _holds(tree.operand, corner)
-    assert isinstance(tree, ast.Name)
-    return corner[int(tree.id[1:])]
+    return corner[int(ast.unparse(tree)[1:])]
 
 
 def observe(model: Regulation, states: States, *, n_genes: int = 240, rng: np.random.Generator) -> AnnData:

@@ -170,11 +170,10 @@ class Fitting:
         linear = by_state.coefficients()
         by_future = self._by_future()
         expression = RidgeFit(self._expression_samples(linear, by_future), self._penalty(_EXPRESSION_PENALTY))
-        spread = self._spread(by_future)
         examples = self._examples()
-        belief = self._belief(by_state, fold_of, by_future, examples, spread=spread)
+        belief = self._belief(by_state, fold_of, by_future, examples)
         network = self._network(linear, by_future)
-        train_network(network, examples, spread=spread, n_steps=self.n_steps, seed=self.seed)
+        train_network(network, examples, n_steps=self.n_steps, seed=self.seed)
         network.gate.fill_(belief.gate)
         network.prior_gate.fill_(belief.prior_gate)
         facts: dict[str, float | int | str] = {
@@ -184,7 +183,6 @@ class Fitting:
             "n_futures": network.n_codes,
             "gate": belief.gate,
             "prior_gate": belief.prior_gate,
-            "spread": spread,
             "seed": self.seed,
         }
         logger.info("world model: %s", facts)
@@ -274,15 +272,6 @@ class Fitting:
                 found[number] = own
         return found
 
-    def _spread(self, by_future: NDArray[np.float64]) -> float:
-        """Variance around the linear start of the futures, in units of the squared scale."""
-        variances = []
-        for k in range(self.n_futures):
-            for sample in self._state_samples(k):
-                left = sample.targets - sample.features @ by_future[k]
-                variances.append(float(sample.weight @ np.square(left).mean(1)))
-        return float(np.mean(variances)) / self.features.variance
-
     def _network(self, linear: NDArray[np.float64], by_future: NDArray[np.float64]) -> TransitionNetwork:
         """Network that predicts as the linear starts do."""
         shares = np.full((self.kinds.max() + 1, self.n_futures), _NEVER)
@@ -310,6 +299,7 @@ class Fitting:
             example = Example(
                 before=torch.from_numpy(self.states[before[pairs.before]]),
                 after=torch.from_numpy(self.states[after[pairs.after]]),
+                future=torch.from_numpy(self.futures[number]),
                 weight=pairs.weight,
                 action=torch.tensor(self.actions[number], dtype=torch.float32),
                 duration=float(self.durations[number]),
@@ -325,8 +315,6 @@ class Fitting:
         fold_of: list[int],
         by_future: NDArray[np.float64],
         examples: list[Example],
-        *,
-        spread: float,
     ) -> Belief:
         """How far the network is right about groups that it has not seen; with one group, about such cells."""
         by_group = max(fold_of) > 0
@@ -339,9 +327,9 @@ class Fitting:
                 training = [_part(example, ~out) for example, out in zip(examples, is_out, strict=True)]
                 held_out = [_part(example, out) for example, out in zip(examples, is_out, strict=True)]
             network = self._network(by_state.coefficients(without=fold if by_group else None), by_future)
-            train_network(network, training, spread=spread, n_steps=self.n_steps, seed=self.seed)
+            train_network(network, training, n_steps=self.n_steps, seed=self.seed)
             for example in held_out:
-                belief.add(network, example, spread=spread)
+                belief.add(network, example)
         return belief
 
 
@@ -357,8 +345,9 @@ def _without(examples: Sequence[Example], is_out: Sequence[bool]) -> tuple[list[
 def _part(example: Example, chosen: NDArray[np.bool_]) -> Example:
     """Some of the pairs of an example."""
     rows = torch.from_numpy(np.flatnonzero(chosen))
+    cells = {name: getattr(example, name)[rows] for name in ("before", "after", "future")}
     weight = example.weight[chosen]
-    return replace(example, before=example.before[rows], after=example.after[rows], weight=weight / weight.sum())
+    return replace(example, **cells, weight=weight / weight.sum())
 
 
 def _plan(pairs: Pairs, n_before: int, n_after: int) -> csr_matrix:

@@ -662,12 +662,11 @@ class FastDynamics:
         n, n_cells, dim = populations.shape
         vectors = self.vectors[actions].repeat_interleave(n_cells, 0)
         flat = populations.flatten(0, 1)
-        futures, _ = self.network(flat, vectors, torch.ones(n * n_cells))
         chances = self.network.chances(flat, vectors)
         draws = np.random.default_rng([self.seed, _FUTURES_STREAM, 2]).permutation(n_cells)
         level = torch.from_numpy((draws + 0.5) / n_cells).float().repeat(n)[:, None]
         chosen = (chances.cumsum(1) < level).sum(1).clamp_max(self.network.n_codes - 1)
-        after: Tensor = futures[torch.arange(len(futures)), chosen]
+        after = self.network.of_future(flat, vectors, torch.ones(n * n_cells), chosen)
         return after.view(n, n_cells, dim)
 
     def imagined(self, start: Tensor, actions: Sequence[int]) -> NDArray[np.float32]:

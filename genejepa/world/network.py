@@ -87,23 +87,31 @@ class TransitionNetwork(nn.Module):
         """Linear change, (n, dim), of states (n, dim) under actions (n, n_actions) for durations (n,)."""
         return self._features(z, action, duration) @ self.coefficients
 
-    def departures(self, z: Tensor, action: Tensor, duration: Tensor) -> tuple[Tensor, Tensor]:
-        """What the perceptron adds, and what the linear start of each future does, both (n, n_codes, dim)."""
-        state = (z - self.centre) / self.scale
-        inputs = torch.cat([state, action], 1)[:, None].expand(-1, self.n_codes, -1)
-        codes = self.codes.expand(len(z), -1, -1)
-        strength = duration * action.abs().amax(1)
-        units = nn.functional.silu(self.first(torch.cat([inputs, codes], -1))) * (1 + self.first_gain(action))[:, None]
-        units = nn.functional.silu(self.second(units)) * (1 + self.second_gain(action))[:, None]
-        corrected = self.correction_out(units)
-        places = torch.einsum("nf,kfd->nkd", self._features(z, action, duration), self.places)
-        return self.gate * self.scale * strength[:, None, None] * corrected, places
+    def correction(self, z: Tensor, action: Tensor, duration: Tensor, future: Tensor) -> Tensor:
+        """What the perceptron adds, (n, dim), for one future of each state, (n,)."""
+        strength = self.gate * self.scale * duration * action.abs().amax(1)
+        inputs = torch.cat([(z - self.centre) / self.scale, action, self.codes[future]], 1)
+        units = nn.functional.silu(self.first(inputs)) * (1 + self.first_gain(action))
+        units = nn.functional.silu(self.second(units)) * (1 + self.second_gain(action))
+        corrected: Tensor = strength[:, None] * self.correction_out(units)
+        return corrected
+
+    def starts(self, z: Tensor, action: Tensor, duration: Tensor) -> Tensor:
+        """States by the linear start of every future, (n, n_codes, dim)."""
+        features = self._features(z, action, duration)
+        places = torch.einsum("nf,kfd->nkd", features, self.places)
+        return (z + features @ self.coefficients)[:, None] + places
+
+    def of_future(self, z: Tensor, action: Tensor, duration: Tensor, future: Tensor) -> Tensor:
+        """States after, (n, dim), of states (n, dim), each in the future that is named for it, (n,)."""
+        start = self.starts(z, action, duration)[torch.arange(len(z)), future]
+        return start + self.correction(z, action, duration, future)
 
     def forward(self, z: Tensor, action: Tensor, duration: Tensor) -> tuple[Tensor, Tensor]:
         """States of every future, (n, n_codes, dim), and the log probabilities of these, (n, n_codes)."""
-        corrected, places = self.departures(z, action, duration)
-        after = (z + self.linear(z, action, duration))[:, None] + corrected + places
-        return after, self.log_prior(z, action)
+        each = [torch.full((len(z),), future) for future in range(self.n_codes)]
+        corrected = torch.stack([self.correction(z, action, duration, future) for future in each], 1)
+        return self.starts(z, action, duration) + corrected, self.log_prior(z, action)
 
     def log_prior(self, z: Tensor, action: Tensor) -> Tensor:
         """Log probabilities of the futures, (n, n_codes)."""

@@ -38,6 +38,8 @@ class Example:
     Attributes
     ----------
     before, after : (n, dim)
+    future : (n,)
+        Number of the future of each pair.
     weight : (n,)
         Sums to 1.
     action : (n_actions,)
@@ -51,6 +53,7 @@ class Example:
 
     before: Tensor
     after: Tensor
+    future: Tensor
     weight: NDArray[np.float64]
     action: Tensor
     duration: float
@@ -92,6 +95,7 @@ class Steps(torch.utils.data.Dataset[dict[str, Tensor]]):
                 {
                     "before": example.before[pairs],
                     "after": example.after[pairs],
+                    "future": example.future[pairs],
                     "action": example.action,
                     "duration": torch.tensor(example.duration),
                     "kind": torch.tensor(example.kind),
@@ -108,23 +112,21 @@ class TransitionModule(LightningModule):
     """Objectives of a transition network.
 
     With states in units of their deviation: the squared distance of each predicted cell to the one it is matched with,
-    for the future that explains it best; the cross entropy of the probabilities of the futures; the energy distance of
-    the predicted population to the one after (as in STATE, Adduri et al. 2025), also after two steps where one
-    transition follows another; and the cross entropy of an action told from the mean states before and after, of which
-    the one after is predicted, so that predictions keep what tells actions apart (inverse dynamics).
+    in the future that this is; the cross entropy of the probabilities of the futures; the energy distance of the
+    predicted population to the one after (as in STATE, Adduri et al. 2025), also after two steps where one transition
+    follows another; and the cross entropy of an action told from the mean states before and after, of which the one
+    after is predicted, so that predictions keep what tells actions apart (inverse dynamics).
 
     Parameters
     ----------
     network
-    spread
-        Variance of the states after around their predictions, in units of the square of the scale.
     n_kinds
         Number of different actions.
     """
 
-    def __init__(self, network: TransitionNetwork, *, spread: float, n_kinds: int, n_steps: int) -> None:
+    def __init__(self, network: TransitionNetwork, *, n_kinds: int, n_steps: int) -> None:
         super().__init__()
-        self.network, self.spread, self.n_kinds, self.n_steps = network, spread, n_kinds, n_steps
+        self.network, self.n_kinds, self.n_steps = network, n_kinds, n_steps
         dim = len(network.centre)
         self.inverse = nn.Sequential(nn.Linear(2 * dim, 64), nn.SiLU(), nn.Linear(64, n_kinds))
 
@@ -135,12 +137,11 @@ class TransitionModule(LightningModule):
         before, after = batch["before"].flatten(0, 1), batch["after"].flatten(0, 1)
         action = batch["action"].repeat_interleave(n_pairs, 0)
         duration = batch["duration"].repeat_interleave(n_pairs)
-        futures, log_prior = network(before, action, duration)
-        errors = ((futures - after[:, None]) / network.scale).square().mean(-1)  # (n * n_pairs, n_codes)
-        belief = responsibilities(errors, log_prior, dim=dim, spread=self.spread)
-        loss: Tensor = (belief * errors).sum(-1).mean() - (belief * log_prior).sum(-1).mean()
-        likely = futures[torch.arange(len(futures)), belief.argmax(-1)]
-        predicted = likely.view(n, n_pairs, dim)
+        future = batch["future"].flatten()
+        flat = network.of_future(before, action, duration, future)
+        loss = ((flat - after) / network.scale).square().mean()
+        loss = loss + nn.functional.nll_loss(network.log_prior(before, action), future)
+        predicted = flat.view(n, n_pairs, dim)
         loss = loss + _SET * set_distance(predicted, batch["after"], network.scale).mean()
         if self.n_kinds > 1:
             loss = loss + _INVERSE * self._inverse_loss(batch, predicted)
@@ -159,32 +160,18 @@ class TransitionModule(LightningModule):
         return 2 * nn.functional.cross_entropy(told, batch["kind"].repeat(2))
 
     def _second_step(self, states: Tensor, action: Tensor, duration: Tensor) -> Tensor:
-        """Mean futures, (n, n_pairs, dim), of predicted states."""
+        """Most probable futures, (n, n_pairs, dim), of predicted states."""
         n, n_pairs, dim = states.shape
-        futures, log_prior = self.network(
-            states.flatten(0, 1), action.repeat_interleave(n_pairs, 0), duration.repeat_interleave(n_pairs)
-        )
-        mean: Tensor = (log_prior.exp()[..., None] * futures).sum(1).view(n, n_pairs, dim)
-        return mean
+        z, actions = states.flatten(0, 1), action.repeat_interleave(n_pairs, 0)
+        likely = self.network.log_prior(z, actions).argmax(-1)
+        after = self.network.of_future(z, actions, duration.repeat_interleave(n_pairs), likely)
+        return after.view(n, n_pairs, dim)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine to zero."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.n_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def responsibilities(errors: Tensor, log_prior: Tensor, *, dim: int, spread: float) -> Tensor:
-    """How well each future explains what came, (n, n_codes), rows summing to 1; carries no gradient.
-
-    Parameters
-    ----------
-    errors : (n, n_codes)
-        Mean squared error over the dimensions.
-    spread
-        Variance of the states after around their predictions, in the unit of the errors.
-    """
-    return (log_prior.detach() - 0.5 * dim * errors.detach() / spread).softmax(-1)
 
 
 def set_distance(predicted: Tensor, true: Tensor, scale: Tensor) -> Tensor:
@@ -199,16 +186,14 @@ def set_distance(predicted: Tensor, true: Tensor, scale: Tensor) -> Tensor:
     return distance
 
 
-def train_network(
-    network: TransitionNetwork, examples: Sequence[Example], *, spread: float, n_steps: int, seed: int
-) -> None:
+def train_network(network: TransitionNetwork, examples: Sequence[Example], *, n_steps: int, seed: int) -> None:
     """Train a network in place."""
     if n_steps == 0:
         return
     kinds = 1 + max(example.kind for example in examples)
     with plain_arithmetic(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = TransitionModule(network, spread=spread, n_kinds=kinds, n_steps=n_steps)
+        module = TransitionModule(network, n_kinds=kinds, n_steps=n_steps)
         batches = torch.utils.data.DataLoader(
             Steps(examples, n_steps=n_steps, seed=seed), batch_size=None, shuffle=False
         )
@@ -274,20 +259,16 @@ class Belief:
 
     @plain_arithmetic()
     @torch.no_grad()
-    def add(self, network: TransitionNetwork, example: Example, *, spread: float) -> None:
+    def add(self, network: TransitionNetwork, example: Example) -> None:
         """Look at one transition that was left out."""
-        n, dim = example.before.shape
+        n = len(example.before)
         action, duration = example.action.expand(n, -1), torch.full((n,), example.duration)
         weight = torch.from_numpy(example.weight).float()
-        corrected, places = network.departures(example.before, action, duration)
-        by_action = (action @ network.prior_of_action).log_softmax(-1)
-        chance = by_action.exp()[..., None]
-        correction = (chance * corrected).sum(1)
-        linear = example.before + network.linear(example.before, action, duration)
-        left = example.after - linear - (chance * places).sum(1)
+        rows = torch.arange(n)
+        correction = network.correction(example.before, action, duration, example.future)
+        left = example.after - network.starts(example.before, action, duration)[rows, example.future]
         self.with_truth += float(weight @ (left * correction).sum(-1))
         self.with_itself += float(weight @ correction.square().sum(-1))
-        errors = ((linear[:, None] + places - example.after[:, None]) / network.scale).square().mean(-1)
-        belief = responsibilities(errors, by_action, dim=dim, spread=spread)
-        self.by_state -= float(weight @ (belief * network.log_prior(example.before, action)).sum(-1))
-        self.by_action -= float(weight @ (belief * by_action).sum(-1))
+        by_action = (action @ network.prior_of_action).log_softmax(-1)
+        self.by_state -= float(weight @ network.log_prior(example.before, action)[rows, example.future])
+        self.by_action -= float(weight @ by_action[rows, example.future])

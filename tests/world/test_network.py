@@ -18,7 +18,6 @@ from genejepa.world.training import (
     Example,
     Steps,
     TransitionModule,
-    responsibilities,
     run_steps,
     set_distance,
     train_network,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     Seeded = Callable[[Callable[[], Any]], Any]
 
-DIM, N_ACTIONS, SPREAD = 4, 2, 0.5
+DIM, N_ACTIONS = 4, 2
 ACTIONS = torch.eye(N_ACTIONS)
 
 
@@ -68,6 +67,11 @@ def awaken(network: TransitionNetwork) -> TransitionNetwork:
 
 def states_of(n: int, seed: int = 0) -> Tensor:
     return 1.5 * torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed)) + 0.5
+
+
+def first_of(z: Tensor) -> Tensor:
+    """The first future for every state."""
+    return torch.zeros(len(z), dtype=torch.int64)
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +178,7 @@ def examples_of(*, follows: bool = False, n: int = 80, seed: int = 10) -> list[E
         z = states_of(n, seed=seed + number)
         after = z + bend(z)
         followers = (1 - number,) if follows else ()
-        found.append(Example(z, after, np.full(n, 1 / n), action, 1.0, number, followers))
+        found.append(Example(z, after, first_of(z), np.full(n, 1 / n), action, 1.0, number, followers))
     return found
 
 
@@ -194,7 +198,7 @@ def test_training_learns_what_is_not_linear() -> None:
     network.coefficients.copy_(torch.from_numpy(np.linalg.lstsq(np.concatenate(rows), change, rcond=None)[0]))
     new = examples_of(seed=20)
     linear = error(network, new)
-    train_network(network, examples, spread=SPREAD, n_steps=100, seed=0)
+    train_network(network, examples, n_steps=100, seed=0)
     assert error(network, new) < 0.3 * linear
     assert not network.training
 
@@ -202,14 +206,14 @@ def test_training_learns_what_is_not_linear() -> None:
 def test_no_steps_leave_everything_as_it_is() -> None:
     network = network_of()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    train_network(network, examples_of(), spread=SPREAD, n_steps=0, seed=0)
+    train_network(network, examples_of(), n_steps=0, seed=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_training_keeps_the_linear_start() -> None:
     network = network_of(n_codes=2)
     before = {name: tensor.clone() for name, tensor in network.named_buffers()}
-    train_network(network, examples_of(), spread=SPREAD, n_steps=3, seed=0)
+    train_network(network, examples_of(), n_steps=3, seed=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.named_buffers())
     assert network.correction_out.weight.any()
 
@@ -219,14 +223,14 @@ def test_equal_seeds_give_equal_weights(global_rng_untouched: Callable[[], Abstr
     for seed in (0, 0, 1):
         network = network_of(n_codes=2)
         with global_rng_untouched():
-            train_network(network, examples_of(follows=True), spread=SPREAD, n_steps=5, seed=seed)
+            train_network(network, examples_of(follows=True), n_steps=5, seed=seed)
         found.append(network.correction_out.weight.clone())
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
 
 def module_of(network: TransitionNetwork, make_seeded: Seeded) -> TransitionModule:
-    made: TransitionModule = make_seeded(lambda: TransitionModule(network, spread=SPREAD, n_kinds=2, n_steps=1))
+    made: TransitionModule = make_seeded(lambda: TransitionModule(network, n_kinds=2, n_steps=1))
     return made
 
 
@@ -285,21 +289,13 @@ def test_pairs_are_drawn_by_their_weight() -> None:
     example = examples_of()[0]
     weight = np.zeros(80)
     weight[[3, 5]] = 0.75, 0.25
-    drawn = Steps([Example(example.before, example.after, weight, ACTIONS[0], 1.0, 0, ())], n_steps=1, seed=0)[0]
+    drawn = Steps(
+        [Example(example.before, example.after, example.future, weight, ACTIONS[0], 1.0, 0, ())], n_steps=1, seed=0
+    )[0]
     rows = {int((example.before == row).all(1).nonzero().item()) for row in drawn["before"][0]}
     assert rows == {3, 5}
     for before, after in zip(drawn["before"][0], drawn["after"][0], strict=True):
         torch.testing.assert_close(after, before + bend(before[None])[0])
-
-
-def test_the_future_that_explains_what_came_is_responsible() -> None:
-    errors = torch.tensor([[0.0, 4.0], [4.0, 0.0], [1.0, 1.0]])
-    log_prior = torch.tensor([0.25, 0.75]).log().expand(3, -1)
-    sure = responsibilities(errors, log_prior, dim=10, spread=0.1)
-    torch.testing.assert_close(sure[:2], torch.eye(2))
-    torch.testing.assert_close(sure[2], torch.tensor([0.25, 0.75]))
-    unsure = responsibilities(errors, log_prior, dim=10, spread=1e9)
-    torch.testing.assert_close(unsure, log_prior.exp())
 
 
 def test_distance_of_sets() -> None:
@@ -325,10 +321,10 @@ def test_a_correction_is_believed_as_far_as_it_helps(factor: float, gate: float)
     """The gate is the factor, between 0 and 1, with which the correction would have been best."""
     network = awaken(network_of())
     z, action, duration = states_of(50), ACTIONS[:1].expand(50, -1), torch.ones(50)
-    corrected, _ = network.departures(z, action, duration)
-    after = z + network.linear(z, action, duration) + corrected[:, 0] / factor
+    corrected = network.correction(z, action, duration, first_of(z))
+    after = z + network.linear(z, action, duration) + corrected / factor
     belief = Belief()
-    belief.add(network, Example(z, after, np.full(50, 0.02), ACTIONS[0], 1.0, 0, ()), spread=SPREAD)
+    belief.add(network, Example(z, after, first_of(z), np.full(50, 0.02), ACTIONS[0], 1.0, 0, ()))
     assert belief.gate == pytest.approx(gate, rel=1e-4)
 
 
@@ -336,7 +332,7 @@ def test_without_evidence_nothing_is_believed() -> None:
     assert Belief().gate == 0
     assert Belief().prior_gate == 0
     belief = Belief()
-    belief.add(network_of(), examples_of()[0], spread=SPREAD)
+    belief.add(network_of(), examples_of()[0])
     assert belief.gate == 0
 
 
@@ -357,7 +353,7 @@ def test_chances_by_state_are_believed_if_they_are_the_better_ones(is_right: boo
     way = torch.where(high == is_right, 10.0, -10.0)
     after = z + network.linear(z, ACTIONS[:1].expand(200, -1), torch.ones(200)) + way[:, None]
     belief = Belief()
-    belief.add(network, Example(z, after, np.full(200, 0.005), ACTIONS[0], 1.0, 0, ()), spread=SPREAD)
+    belief.add(network, Example(z, after, (~(high == is_right)).long(), np.full(200, 0.005), ACTIONS[0], 1.0, 0, ()))
     assert belief.prior_gate == is_right
 
 
@@ -381,7 +377,7 @@ class Interrupted(TransitionModule):
 def test_what_ends_a_training_is_what_the_caller_sees(error: BaseException) -> None:
     """Ctrl-C stays Ctrl-C, and the next one still counts."""
     before = signal.getsignal(signal.SIGINT)
-    module = Interrupted(network_of(), spread=SPREAD, n_kinds=2, n_steps=5)
+    module = Interrupted(network_of(), n_kinds=2, n_steps=5)
     module.error = error
     steps = Steps(examples_of(), n_steps=5, seed=0)
     with torch.enable_grad(), pytest.raises(type(error)) as caught:
