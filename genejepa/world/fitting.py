@@ -156,8 +156,10 @@ class Fitting:
         self.kinds = np.unique(self.actions, axis=0, return_inverse=True)[1].ravel()
         self.cells = [self._cells(number) for number in range(len(pairs))]
         self.matched = [self._matched(number) for number in range(len(pairs))]
-        self.futures = self._find_futures(most_futures)
+        found = self._find_futures(most_futures)
+        self.futures = [future for future, _ in found]
         self.n_futures = 1 + max(int(own.max()) for own in self.futures)
+        self.chances = [chance[:, : self.n_futures] for _, chance in found]
         before = np.unique(np.concatenate([own[0] for own in self.cells]))
         self.before = states[before]
         self.features = Features.of(self.before, n_actions=space.dim)
@@ -251,14 +253,14 @@ class Fitting:
     def _features_of(self, number: int, states: NDArray[np.floating]) -> NDArray[np.float64]:
         return self.features(states, self.actions[number], float(self.durations[number]))
 
-    def _find_futures(self, most: int) -> list[NDArray[np.int64]]:
-        """Number of the future of each pair, (n_pairs,), for every transition."""
+    def _find_futures(self, most: int) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Future of each pair, (n_pairs,), and chances of all, (n_pairs, most), for every transition."""
         modes: dict[int, NDArray[np.int64]] = {}
         for pair, cells in zip(self.pairs, self.cells, strict=True):
             for population, own in zip((pair.source, pair.target), cells, strict=True):
                 if id(population) not in modes:
                     modes[id(population)] = modes_of(self.states[own], most=most, seed=self.seed)
-        found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)] * len(self.pairs)
+        found: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
         for kind in range(self.kinds.max() + 1):
             numbers = np.flatnonzero(self.kinds == kind).tolist()
             labels = futures_of(
@@ -268,9 +270,8 @@ class Fitting:
                 [self.states[self.cells[k][1]] for k in numbers],
                 most=most,
             )
-            for number, own in zip(numbers, labels, strict=True):
-                found[number] = own
-        return found
+            found |= dict(zip(numbers, labels, strict=True))
+        return [found[number] for number in range(len(self.pairs))]
 
     def _network(self, linear: NDArray[np.float64], by_future: NDArray[np.float64]) -> TransitionNetwork:
         """Network that predicts as the linear starts do."""
@@ -300,6 +301,7 @@ class Fitting:
                 before=torch.from_numpy(self.states[before[pairs.before]]),
                 after=torch.from_numpy(self.states[after[pairs.after]]),
                 future=torch.from_numpy(self.futures[number]),
+                chance=torch.tensor(self.chances[number], dtype=torch.float32),
                 weight=pairs.weight,
                 action=torch.tensor(self.actions[number], dtype=torch.float32),
                 duration=float(self.durations[number]),
@@ -345,7 +347,7 @@ def _without(examples: Sequence[Example], is_out: Sequence[bool]) -> tuple[list[
 def _part(example: Example, chosen: NDArray[np.bool_]) -> Example:
     """Some of the pairs of an example."""
     rows = torch.from_numpy(np.flatnonzero(chosen))
-    cells = {name: getattr(example, name)[rows] for name in ("before", "after", "future")}
+    cells = {name: getattr(example, name)[rows] for name in ("before", "after", "future", "chance")}
     weight = example.weight[chosen]
     return replace(example, **cells, weight=weight / weight.sum())
 

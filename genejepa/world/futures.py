@@ -60,8 +60,8 @@ def futures_of(
     states: Sequence[NDArray[np.floating]],
     *,
     most: int,
-) -> list[NDArray[np.int64]]:
-    """Number of the future of each pair of cells, for all transitions by one action.
+) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Number of the future of each pair of cells, and the chances of all, for all transitions by one action.
 
     A future is a mode of the cells after that at least a tenth of those from one mode before go to, if there is more
     than one such. Within a mode, transport decides which cell goes where, and that is no knowledge. Futures of
@@ -77,13 +77,18 @@ def futures_of(
         States after, (m, dim).
     most
         Largest number of futures.
+
+    Returns
+    -------
+    For each transition the future of each pair, (n_pairs,), and the chances of the futures for the mode that its cell
+    before is in, (n_pairs, most).
     """
     found = [np.zeros(len(own.weight), dtype=np.int64) for own in pairs]
     centres: NDArray[np.float64] = np.empty((0, 0))
     ends = [_ends(own, b, a) for own, b, a in zip(pairs, before, after, strict=True)]
     by_size = sorted(range(len(pairs)), key=lambda k: -max(len(modes) for modes in ends[k].values()))
     if max(len(modes) for modes in ends[by_size[0]].values()) == 1:
-        return found
+        by_size = []
     for number in by_size:
         for origin, modes in ends[number].items():
             places = np.stack([states[number][after[number] == mode].mean(0) for mode in modes])
@@ -94,7 +99,13 @@ def futures_of(
             for mode, code in zip(modes, codes, strict=True):
                 labels[target == mode] = code
             found[number][own] = labels[own]
-    return found
+    chances = []
+    for transition, modes_before, future in zip(pairs, before, found, strict=True):
+        origins = modes_before[transition.before]
+        mass = np.zeros((origins.max() + 1, most))
+        np.add.at(mass, (origins, future), transition.weight)
+        chances.append(mass[origins] / mass[origins].sum(1, keepdims=True))
+    return list(zip(found, chances, strict=True))
 
 
 def _ends(pairs: Pairs, before: NDArray[np.int64], after: NDArray[np.int64]) -> dict[int, list[int]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genejepa._arithmetic import plain_arithmetic
 from genejepa._lightning import LightningModule
+from genejepa.train.devices import cpu_threads
 from genejepa.world.training import run_steps
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def learn_slow(fast: Dynamics, states: Tensor, *, span: int, seed: int) -> SlowD
     span
         Actions of a macro-action.
     """
-    with plain_arithmetic(), torch.random.fork_rng(devices=[]):
+    with cpu_threads(1), plain_arithmetic(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         before, sequences, after = _imagined(fast, states, span=span, seed=seed)
         centre, scale = before.mean(0), before.std()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from genejepa._arithmetic import plain_arithmetic
 from genejepa._lightning import LightningModule, Trainer
+from genejepa.train.devices import cpu_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,6 +41,8 @@ class Example:
     before, after : (n, dim)
     future : (n,)
         Number of the future of each pair.
+    chance : (n, n_codes)
+        Chances of the futures for the mode that each cell before is in.
     weight : (n,)
         Sums to 1.
     action : (n_actions,)
@@ -54,6 +57,7 @@ class Example:
     before: Tensor
     after: Tensor
     future: Tensor
+    chance: Tensor
     weight: NDArray[np.float64]
     action: Tensor
     duration: float
@@ -96,6 +100,7 @@ class Steps(torch.utils.data.Dataset[dict[str, Tensor]]):
                     "before": example.before[pairs],
                     "after": example.after[pairs],
                     "future": example.future[pairs],
+                    "chance": example.chance[pairs],
                     "action": example.action,
                     "duration": torch.tensor(example.duration),
                     "kind": torch.tensor(example.kind),
@@ -140,7 +145,8 @@ class TransitionModule(LightningModule):
         future = batch["future"].flatten()
         flat = network.of_future(before, action, duration, future)
         loss = ((flat - after) / network.scale).square().mean()
-        loss = loss + nn.functional.nll_loss(network.log_prior(before, action), future)
+        # Not the future of the pair: which cell of a mode goes where is decided by transport, and is no knowledge.
+        loss = loss + nn.functional.cross_entropy(network.log_prior(before, action), batch["chance"].flatten(0, 1))
         predicted = flat.view(n, n_pairs, dim)
         loss = loss + _SET * set_distance(predicted, batch["after"], network.scale).mean()
         if self.n_kinds > 1:
@@ -191,7 +197,7 @@ def train_network(network: TransitionNetwork, examples: Sequence[Example], *, n_
     if n_steps == 0:
         return
     kinds = 1 + max(example.kind for example in examples)
-    with plain_arithmetic(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with cpu_threads(1), plain_arithmetic(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = TransitionModule(network, n_kinds=kinds, n_steps=n_steps)
         batches = torch.utils.data.DataLoader(
@@ -270,5 +276,5 @@ class Belief:
         self.with_truth += float(weight @ (left * correction).sum(-1))
         self.with_itself += float(weight @ correction.square().sum(-1))
         by_action = (action @ network.prior_of_action).log_softmax(-1)
-        self.by_state -= float(weight @ network.log_prior(example.before, action)[rows, example.future])
-        self.by_action -= float(weight @ by_action[rows, example.future])
+        self.by_state -= float(weight @ (example.chance * network.log_prior(example.before, action)).sum(-1))
+        self.by_action -= float(weight @ (example.chance * by_action).sum(-1))

@@ -171,14 +171,15 @@ def bend(z: Tensor) -> Tensor:
     return (z[:, :1] - 0.5).abs().expand_as(z)
 
 
-def examples_of(*, follows: bool = False, n: int = 80, seed: int = 10) -> list[Example]:
-    """Two actions that do the same."""
+def examples_of(*, follows: bool = False, n: int = 80, seed: int = 10, n_codes: int = 1) -> list[Example]:
+    """Two actions that do the same, always in the first future."""
     found = []
     for number, action in enumerate(ACTIONS):
         z = states_of(n, seed=seed + number)
         after = z + bend(z)
         followers = (1 - number,) if follows else ()
-        found.append(Example(z, after, first_of(z), np.full(n, 1 / n), action, 1.0, number, followers))
+        chance = torch.eye(n_codes)[first_of(z)]
+        found.append(Example(z, after, first_of(z), chance, np.full(n, 1 / n), action, 1.0, number, followers))
     return found
 
 
@@ -213,7 +214,7 @@ def test_no_steps_leave_everything_as_it_is() -> None:
 def test_training_keeps_the_linear_start() -> None:
     network = network_of(n_codes=2)
     before = {name: tensor.clone() for name, tensor in network.named_buffers()}
-    train_network(network, examples_of(), n_steps=3, seed=0)
+    train_network(network, examples_of(n_codes=2), n_steps=3, seed=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.named_buffers())
     assert network.correction_out.weight.any()
 
@@ -223,7 +224,7 @@ def test_equal_seeds_give_equal_weights(global_rng_untouched: Callable[[], Abstr
     for seed in (0, 0, 1):
         network = network_of(n_codes=2)
         with global_rng_untouched():
-            train_network(network, examples_of(follows=True), n_steps=5, seed=seed)
+            train_network(network, examples_of(follows=True, n_codes=2), n_steps=5, seed=seed)
         found.append(network.correction_out.weight.clone())
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -290,7 +291,9 @@ def test_pairs_are_drawn_by_their_weight() -> None:
     weight = np.zeros(80)
     weight[[3, 5]] = 0.75, 0.25
     drawn = Steps(
-        [Example(example.before, example.after, example.future, weight, ACTIONS[0], 1.0, 0, ())], n_steps=1, seed=0
+        [Example(example.before, example.after, example.future, example.chance, weight, ACTIONS[0], 1.0, 0, ())],
+        n_steps=1,
+        seed=0,
     )[0]
     rows = {int((example.before == row).all(1).nonzero().item()) for row in drawn["before"][0]}
     assert rows == {3, 5}
@@ -324,7 +327,9 @@ def test_a_correction_is_believed_as_far_as_it_helps(factor: float, gate: float)
     corrected = network.correction(z, action, duration, first_of(z))
     after = z + network.linear(z, action, duration) + corrected / factor
     belief = Belief()
-    belief.add(network, Example(z, after, first_of(z), np.full(50, 0.02), ACTIONS[0], 1.0, 0, ()))
+    belief.add(
+        network, Example(z, after, first_of(z), torch.ones(len(z), 1), np.full(50, 0.02), ACTIONS[0], 1.0, 0, ())
+    )
     assert belief.gate == pytest.approx(gate, rel=1e-4)
 
 
@@ -353,7 +358,20 @@ def test_chances_by_state_are_believed_if_they_are_the_better_ones(is_right: boo
     way = torch.where(high == is_right, 10.0, -10.0)
     after = z + network.linear(z, ACTIONS[:1].expand(200, -1), torch.ones(200)) + way[:, None]
     belief = Belief()
-    belief.add(network, Example(z, after, (~(high == is_right)).long(), np.full(200, 0.005), ACTIONS[0], 1.0, 0, ()))
+    belief.add(
+        network,
+        Example(
+            z,
+            after,
+            (~(high == is_right)).long(),
+            torch.nn.functional.one_hot((~(high == is_right)).long(), 2).float(),
+            np.full(200, 0.005),
+            ACTIONS[0],
+            1.0,
+            0,
+            (),
+        ),
+    )
     assert belief.prior_gate == is_right
 
 
