@@ -267,6 +267,7 @@ class Fitting:
                 [self.matched[k] for k in numbers],
                 [modes[id(self.pairs[k].source)] for k in numbers],
                 [modes[id(self.pairs[k].target)] for k in numbers],
+                [self.states[self.cells[k][0]] for k in numbers],
                 [self.states[self.cells[k][1]] for k in numbers],
                 most=most,
             )
@@ -275,9 +276,12 @@ class Fitting:
 
     def _network(self, linear: NDArray[np.float64], by_future: NDArray[np.float64]) -> TransitionNetwork:
         """Network that predicts as the linear starts do."""
-        shares = np.full((self.kinds.max() + 1, self.n_futures), _NEVER)
-        for number, pairs in enumerate(self.matched):
-            np.add.at(shares[self.kinds[number]], self.futures[number], pairs.weight)
+        each = np.stack(
+            [np.bincount(f, p.weight, self.n_futures) for f, p in zip(self.futures, self.matched, strict=True)]
+        )
+        # The median: what happens in a minority of the groups is not what is to be expected in another one.
+        kinds = range(self.kinds.max() + 1)
+        shares = _NEVER + np.stack([np.median(each[self.kinds == kind], axis=0) for kind in kinds])
         logits = np.log(shares / shares.sum(1, keepdims=True))
         first = np.unique(self.kinds, return_index=True)[1]
         with plain_arithmetic(), torch.random.fork_rng(devices=[]):

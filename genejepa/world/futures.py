@@ -57,6 +57,7 @@ def futures_of(
     pairs: Sequence[Pairs],
     before: Sequence[NDArray[np.int64]],
     after: Sequence[NDArray[np.int64]],
+    starts: Sequence[NDArray[np.floating]],
     states: Sequence[NDArray[np.floating]],
     *,
     most: int,
@@ -65,7 +66,7 @@ def futures_of(
 
     A future is a mode of the cells after that at least a tenth of those from one mode before go to, if there is more
     than one such. Within a mode, transport decides which cell goes where, and that is no knowledge. Futures of
-    different transitions have the same number if they end at the same place.
+    different transitions have the same number if the change is alike.
 
     Parameters
     ----------
@@ -73,8 +74,8 @@ def futures_of(
         Of each transition.
     before, after
         Modes of the cells of each transition before, (n,), and after, (m,).
-    states
-        States after, (m, dim).
+    starts, states
+        States before, (n, dim), and after, (m, dim).
     most
         Largest number of futures.
 
@@ -91,8 +92,11 @@ def futures_of(
         by_size = []
     for number in by_size:
         for origin, modes in ends[number].items():
-            places = np.stack([states[number][after[number] == mode].mean(0) for mode in modes])
-            codes, centres = _aligned(places.astype(np.float64), centres, most=most)
+            start = starts[number][before[number] == origin].mean(0, dtype=np.float64)
+            changes = (
+                np.stack([states[number][after[number] == mode].mean(0, dtype=np.float64) for mode in modes]) - start
+            )
+            codes, centres = _aligned(changes, centres, most=most)
             own = before[number][pairs[number].before] == origin
             target = after[number][pairs[number].after]
             labels = np.full(len(target), codes[0])
@@ -121,21 +125,21 @@ def _ends(pairs: Pairs, before: NDArray[np.int64], after: NDArray[np.int64]) -> 
 
 
 def _aligned(
-    places: NDArray[np.float64], centres: NDArray[np.float64], *, most: int
+    changes: NDArray[np.float64], centres: NDArray[np.float64], *, most: int
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """Numbers of some places among known ones, (n, dim), by the cheapest assignment; those left over are new."""
+    """Numbers of some changes among known ones, (n, dim), by the cheapest assignment; those left over are new."""
     from scipy.optimize import linear_sum_assignment
 
     if centres.size == 0:
-        centres = places[:most]
-    distance = np.linalg.norm(places[:, None] - centres, axis=-1)
+        centres = changes[:most]
+    distance = np.linalg.norm(changes[:, None] - centres, axis=-1)
     codes = distance.argmin(1)
     rows, columns = linear_sum_assignment(distance)
     codes[rows] = columns
-    for row in sorted(set(range(len(places))) - set(rows.tolist())):
+    for row in sorted(set(range(len(changes))) - set(rows.tolist())):
         if len(centres) < most:
             codes[row] = len(centres)
-            centres = np.vstack([centres, places[row]])
+            centres = np.vstack([centres, changes[row]])
     return [int(code) for code in codes], centres
 
 

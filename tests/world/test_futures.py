@@ -87,7 +87,7 @@ def futures(
     after = [np.concatenate(clouds).astype(np.float32) for _, clouds in transitions]
     pairs = [match(b, a, np.random.default_rng(0)) for b, a in zip(before, after, strict=True)]
     first, second = ([modes_of(states, most=8, seed=0) for states in side] for side in (before, after))
-    labels = [label for label, _ in futures_of(pairs, first, second, after, most=most)]
+    labels = [label for label, _ in futures_of(pairs, first, second, before, after, most=most)]
     found = []
     for (clouds, _), own, label in zip(transitions, pairs, labels, strict=True):
         origin = np.repeat(np.arange(len(clouds)), [len(cells) for cells in clouds])[own.before]
@@ -122,7 +122,7 @@ def test_futures_are_numbered_by_where_they_end(rng: np.random.Generator) -> Non
         labels.append((before, np.concatenate(after)))
     pairs = [match(b.astype(np.float32), a.astype(np.float32), rng) for b, a in labels]
     first, second = ([modes_of(states, most=8, seed=0) for states in side] for side in zip(*labels, strict=True))
-    told = futures_of(pairs, first, second, [a for _, a in labels], most=8)
+    told = futures_of(pairs, first, second, [b for b, _ in labels], [a for _, a in labels], most=8)
     found = [own for own, _ in told]
     for (own, chance), p in zip(told, pairs, strict=True):
         shares = np.bincount(own, p.weight, 8)
