@@ -66,7 +66,8 @@ def futures_of(
 
     A future is a mode of the cells after that at least a tenth of those from one mode before go to, if there is more
     than one such. Within a mode, transport decides which cell goes where, and that is no knowledge. Futures of
-    different transitions have the same number if the change is alike.
+    different transitions have the same number if the change is alike. Where there is only one, its number is 0, as
+    that of the most frequent one of the transition that has most.
 
     Parameters
     ----------
@@ -92,6 +93,8 @@ def futures_of(
         by_size = []
     for number in by_size:
         for origin, modes in ends[number].items():
+            if len(modes) == 1:
+                continue
             start = starts[number][before[number] == origin].mean(0, dtype=np.float64)
             changes = (
                 np.stack([states[number][after[number] == mode].mean(0, dtype=np.float64) for mode in modes]) - start
