@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 import anndata as ad
 import numpy as np
 import pandas as pd
-from _common import DEVELOPMENT_DATA, RESULTS, read
+from _common import DEVELOPMENT_DATA, RESULTS, read, trained
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
-
-import genejepa
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
+
+    import genejepa
 
 DATASET = "pbmc_facs"
 LABEL = "facs_subpop"
@@ -83,12 +83,6 @@ def scores_of(model: genejepa.GeneJEPA, training: ad.AnnData) -> dict[str, Calla
         "kNN in PCA": lambda cells: neighbours.kneighbors(pca.transform(values(cells)))[0].mean(1),
         "PCA error": lambda cells: ((values(cells) - pca.inverse_transform(pca.transform(values(cells)))) ** 2).mean(1),
     }
-
-
-def trained(cells: ad.AnnData, seed: int) -> genejepa.GeneJEPA:
-    model = genejepa.GeneJEPA(cells)
-    model.train(seed=seed, progress_bar=False)
-    return model
 
 
 def run(adata: ad.AnnData, kinds: NDArray[Any], seed: int) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import anndata as ad
 import numpy as np
 import pandas as pd
-from _common import DEVELOPMENT_DATA, RESULTS, read
+from _common import DEVELOPMENT_DATA, RESULTS, read, trained
 from sklearn.metrics import normalized_mutual_info_score
 
 import genejepa
@@ -46,12 +46,6 @@ ACTIONS = [
     *("Cebpa up", "Cebpa down", "Pu.1 up", "EgrNab up", "Gfi1 up"),
 ]
 N_PROBLEMS = 50
-
-
-def trained(cells: ad.AnnData, seed: int, **settings: Any) -> genejepa.GeneJEPA:
-    model = genejepa.GeneJEPA(cells, **settings)
-    model.train(seed=seed, progress_bar=False)
-    return model
 
 
 # Perturbation -----------------------------------------------------------------------------------------

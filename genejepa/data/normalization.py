@@ -73,7 +73,7 @@ class Normalizer:
         for start in range(0, counts.n_obs, _CHUNK):
             index = np.arange(start, min(start + _CHUNK, counts.n_obs))
             rows, genes, data = counts.rows(index)
-            value = _stabilised(data, _depth_factor(depth[index], median_depth)[rows], transform).astype(np.float64)
+            value = _stabilised(data, depth_factor(depth[index], median_depth)[rows], transform).astype(np.float64)
             totals += np.bincount(genes, data, counts.n_genes)
             sums += np.bincount(genes, value, counts.n_genes)
             squares += np.bincount(genes, value**2, counts.n_genes)
@@ -136,7 +136,7 @@ class Normalizer:
             rows, genes, data = rows[measured], genes[measured], data[measured]
         depth = np.bincount(rows, data, len(index))
         share = 1.0 if keep is None else float(self.frequency[keep].sum())
-        factor = _depth_factor(depth, self.median_depth * share)
+        factor = depth_factor(depth, self.median_depth * share)
         stabilised = _stabilised(data, factor[rows], self.transform)
         value = np.clip((stabilised - self.mean[genes]) / self.scale[genes], -_CLIP, _CLIP)
         batch = counts.batch_of(index)
@@ -240,7 +240,7 @@ def cell_depth(counts: PanelCounts) -> NDArray[np.float64]:
     return np.bincount(rows, counts.data, counts.n_obs).astype(np.float64)
 
 
-def _depth_factor(depth: NDArray[np.number[Any]], target: float) -> NDArray[np.float64]:
+def depth_factor(depth: NDArray[np.number[Any]], target: float) -> NDArray[np.float64]:
     """What to multiply the counts of cells with, to bring them to a depth; cells without counts have no use for it."""
     return target / np.where(depth > 0, depth, 1.0)
 

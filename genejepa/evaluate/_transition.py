@@ -276,8 +276,8 @@ class _Judge:
         top = _first(self.welch, self.n_top)
         projected = self.seen.project(self.seen.draw(cells))
         return {
-            "delta_pearson": _pearson(change, self.change),
-            "delta_pearson_top": _pearson(change[top], self.change[top]),
+            "delta_pearson": pearson(change, self.change),
+            "delta_pearson_top": pearson(change[top], self.change[top]),
             "weighted_mse": float(self.weights @ (change - self.change) ** 2),
             "weighted_r2": self._weighted_r2(change),
             "energy_distance": energy_distance(projected, self.projected),
@@ -525,7 +525,7 @@ def _first(values: Vector, n: int) -> NDArray[np.intp]:
     return np.argsort(-values, kind="stable")[:n]
 
 
-def _pearson(predicted: Vector, true: Vector) -> float:
+def pearson(predicted: Vector, true: Vector) -> float:
     """Correlation over genes; NaN if the true values are all the same, else 0 if the predicted ones are."""
     if np.ptp(true) <= _NO_CHANGE:
         return np.nan

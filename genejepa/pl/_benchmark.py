@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from genejepa.errors import DataError
-from genejepa.pl._style import PALETTE
+from genejepa.pl._style import PALETTE, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +86,7 @@ def benchmark(table: pd.DataFrame, *, regime: str | None = None, figure: Figure 
     n_rows = -(-len(shown) // n_columns)
     if figure is None:
         width = 0.6 + 0.07 * max(map(len, methods)) + 2.5 * n_columns
-        figure = _new_figure(width, (0.9 + 0.24 * len(methods)) * n_rows + 0.3)
+        figure = new_figure(width, (0.9 + 0.24 * len(methods)) * n_rows + 0.3)
     for i, (panel, values) in enumerate(shown):
         ax = figure.add_subplot(n_rows, n_columns, i + 1)
         _draw_panel(ax, values, methods)
@@ -101,13 +101,6 @@ def benchmark(table: pd.DataFrame, *, regime: str | None = None, figure: Figure 
         note = f"{some} come from clustering the same counts: this favours principal components."
         figure.supxlabel(note, fontsize="small", color=_OTHERS)
     return figure
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    """Return a new figure that notebooks display; sizes are in inches."""
-    from matplotlib import pyplot as plt
-
-    return plt.figure(figsize=(width, height), layout="constrained")
 
 
 def _values(rows: pd.DataFrame, panel: _Panel) -> pd.DataFrame:

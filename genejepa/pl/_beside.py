@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from genejepa.pl._names import NAME_COLOR, name_style
 from genejepa.pl._style import figure_of
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-_COLOR: Final = "#1A1A1A"
 _NEAR: Final = 7.0
 """Pixels between a name and its place where there is room; farther away, a line joins them."""
 _DISTANCES: Final = _NEAR * np.array([1, 2, 4, 6, 9, 12, 16, 20, 25, 30, 36])
@@ -40,19 +40,9 @@ def write_beside(ax: Axes, anchors: Floats, names: list[str], *, avoid: Floats, 
     cloud : (n_cloud, 2)
         Points that may be covered where there is no better position.
     """
-    from matplotlib import patheffects
-
     figure_of(ax).draw_without_rendering()
     to_pixels = ax.transData
-    style: dict[str, Any] = {
-        "ha": "center",
-        "va": "center",
-        "fontsize": "small",
-        "fontweight": "bold",
-        "color": _COLOR,
-        "path_effects": [patheffects.withStroke(linewidth=2.5, foreground="white")],
-        "zorder": 6,
-    }
+    style = name_style(zorder=6)
     places = to_pixels.transform(anchors)
     seen, dots = np.concatenate([places, to_pixels.transform(avoid)]), to_pixels.transform(cloud)
     taken = np.empty((0, 4))
@@ -68,7 +58,7 @@ def write_beside(ax: Axes, anchors: Floats, names: list[str], *, avoid: Floats, 
         if best >= _N_DIRECTIONS:
             seen = np.concatenate([seen, lines[best]])
             ends = to_pixels.inverted().transform(lines[best][[0, -1]])
-            ax.plot(*ends.T, color=_COLOR, linewidth=0.7, zorder=5)
+            ax.plot(*ends.T, color=NAME_COLOR, linewidth=0.7, zorder=5)
 
 
 def _positions(place: Floats, half: Floats) -> tuple[Floats, Floats]:

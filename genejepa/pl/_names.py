@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-_COLOR: Final = "#1A1A1A"
+NAME_COLOR: Final = "#1A1A1A"
 _GAP: Final = 5.0
 """Pixels between two names."""
 _MAX_STEPS: Final = 500
@@ -20,17 +20,7 @@ _MAX_STEPS: Final = 500
 
 def write_names(ax: Axes, anchors: NDArray[np.float64], names: list[str]) -> None:
     """Write names at data positions (n, 2), moved apart; a line leads back from a name that moved far."""
-    from matplotlib import patheffects
-
-    style: dict[str, Any] = {
-        "ha": "center",
-        "va": "center",
-        "fontsize": "small",
-        "fontweight": "bold",
-        "color": _COLOR,
-        "path_effects": [patheffects.withStroke(linewidth=2.5, foreground="white")],
-        "zorder": 5,
-    }
+    style = name_style(zorder=5)
     texts = [ax.text(x, y, name, **style) for (x, y), name in zip(anchors, names, strict=True)]
     # The size of a text in data units is known once the layout of the figure is.
     ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())
@@ -42,7 +32,22 @@ def write_names(ax: Axes, anchors: NDArray[np.float64], names: list[str]) -> Non
     for text, size, start, end in zip(texts, sizes, starts, ends, strict=True):
         text.set_position(tuple(to_data.transform(end)))
         if np.hypot(*(end - start)) > size[1]:
-            ax.plot(*to_data.transform([start, end]).T, color=_COLOR, linewidth=0.7, zorder=4)
+            ax.plot(*to_data.transform([start, end]).T, color=NAME_COLOR, linewidth=0.7, zorder=4)
+
+
+def name_style(*, zorder: int) -> dict[str, Any]:
+    """How names are written: bold, on a white rim that parts them from what is below."""
+    from matplotlib import patheffects
+
+    return {
+        "ha": "center",
+        "va": "center",
+        "fontsize": "small",
+        "fontweight": "bold",
+        "color": NAME_COLOR,
+        "path_effects": [patheffects.withStroke(linewidth=2.5, foreground="white")],
+        "zorder": zorder,
+    }
 
 
 def _spread(

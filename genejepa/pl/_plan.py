@@ -10,7 +10,7 @@ import numpy as np
 
 from genejepa.errors import ConfigError, DataError
 from genejepa.pl._beside import write_beside
-from genejepa.pl._style import PALETTE, figure_of
+from genejepa.pl._style import PALETTE, figure_of, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,19 +78,12 @@ def plan(plan: Plan, *, n_best: int = 3, rank: int = 1, figure: Figure | None = 
     points, goal, shares = _project(plan, rank)
     names = [_name(shown, plan.sequences[shown - 1]) for shown in ranks]
     if figure is None:
-        figure = _new_figure(10.5, max(4.4, 0.9 + 0.17 * sum(name.count("\n") + 1.5 for name in names)))
+        figure = new_figure(10.5, max(4.4, 0.9 + 0.17 * sum(name.count("\n") + 1.5 for name in names)))
     left, right = figure.subplots(1, 2)
     # Labels of the right panel take room from the left one, and must come before what is placed in it by pixels.
     _draw_distances(right, plan, dict(zip(ranks, names, strict=True)), rank)
     _draw_states(left, points, goal, shares, plan.sequences[rank - 1], color)
     return figure
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    """Return a new figure that notebooks display; sizes are in inches."""
-    from matplotlib import pyplot as plt
-
-    return plt.figure(figsize=(width, height), layout="constrained")
 
 
 def _project(plan: Plan, rank: int) -> tuple[Floats, Floats, Floats]:

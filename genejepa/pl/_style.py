@@ -62,6 +62,13 @@ def new_axes(width: float, height: float) -> Axes:
     return ax
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """Return a new figure that notebooks display; sizes are in inches."""
+    from matplotlib import pyplot as plt
+
+    return plt.figure(figsize=(width, height), layout="constrained")
+
+
 def figure_of(ax: Axes) -> Figure:
     """Return the figure that holds `ax`, also if it lies in a subfigure."""
     return cast("Figure", ax.get_figure(root=True))

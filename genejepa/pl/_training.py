@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from genejepa.errors import DataError
-from genejepa.pl._style import PALETTE
+from genejepa.pl._style import PALETTE, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +89,7 @@ def training(history: pd.DataFrame | HasHistory, *, figure: Figure | None = None
         )
     n_columns = min(_N_COLUMNS, len(shown))
     n_rows = -(-len(shown) // n_columns)
-    figure = _new_figure(3.6 * n_columns, 2.5 * n_rows) if figure is None else figure
+    figure = new_figure(3.6 * n_columns, 2.5 * n_rows) if figure is None else figure
     axis_label, x = _horizontal(table)
     for i, name in enumerate(shown):
         ax = figure.add_subplot(n_rows, n_columns, i + 1)
@@ -100,13 +100,6 @@ def training(history: pd.DataFrame | HasHistory, *, figure: Figure | None = None
         if name == "effective_rank":
             ax.set_ylim(bottom=0)
     return figure
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    """Return a new figure that notebooks display; sizes are in inches."""
-    from matplotlib import pyplot as plt
-
-    return plt.figure(figsize=(width, height), layout="constrained")
 
 
 def _horizontal(table: pd.DataFrame) -> tuple[str, pd.Series[Any]]:

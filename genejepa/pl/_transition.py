@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from genejepa.errors import ConfigError, DataError, GeneMismatchError
+from genejepa.evaluate._transition import pearson
 from genejepa.pl._beside import write_beside
 from genejepa.pl._style import PALETTE, new_axes
 
@@ -19,9 +20,6 @@ __all__ = ["transition"]
 
 _OTHERS: Final = "#888888"
 _NAMED: Final = PALETTE[3]
-
-_NO_CHANGE: Final = 1e-6
-"""Spread of a change over genes below which there is none but rounding."""
 
 
 def transition(
@@ -141,7 +139,7 @@ def _limits(changes: NDArray[np.float64]) -> tuple[float, float]:
 
 def _title(guess: NDArray[np.float64], real: NDArray[np.float64]) -> str:
     """Correlation and number of genes."""
-    if np.ptp(real) <= _NO_CHANGE:
+    found = pearson(guess, real)
+    if np.isnan(found):
         return f"Pearson undefined (no observed change) over {len(real):,} genes"
-    pearson = np.corrcoef(guess, real)[0, 1] if np.ptp(guess) > _NO_CHANGE else 0.0
-    return f"Pearson {pearson:.2f} over {len(real):,} genes"
+    return f"Pearson {found:.2f} over {len(real):,} genes"

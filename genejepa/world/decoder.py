@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from genejepa._arithmetic import plain_arithmetic
+from genejepa.data.normalization import depth_factor
 from genejepa.data.panel import PanelCounts
 from genejepa.energy import ResidualScale
 
@@ -61,7 +62,7 @@ class Decoder:
         share = 1.0 if keep is None else float(self.model.normalizer.frequency[keep].sum())
         depth = np.bincount(rows, data, counts.n_obs)
         values = np.zeros((counts.n_obs, counts.n_genes), dtype=np.float32)
-        values[rows, genes] = np.log1p(data * (self.median_depth * share / np.maximum(depth, 1e-12))[rows])
+        values[rows, genes] = np.log1p(data * depth_factor(depth, self.median_depth * share)[rows])
         return values
 
     @plain_arithmetic()

@@ -66,8 +66,7 @@ class KnownStates:
     @classmethod
     def of(cls, states: NDArray[np.float32], *, seed: int) -> KnownStates:
         """At most 1,000 of some states, (n, dim)."""
-        rng = np.random.default_rng([seed, _STREAM])
-        kept = states[np.sort(rng.permutation(len(states))[:_MOST_KNOWN])]
+        kept = _some(states, seed=seed)
         distances = _nearest(kept, kept, skip_self=True)
         return cls(kept, float(np.quantile(distances, 0.99)))
 
@@ -197,7 +196,7 @@ class Fitting:
             longest=self.longest,
             network=network,
             expression=expression.coefficients().astype(np.float32),
-            plausible=PlausibleStates.fit(self.decoder, KnownStates.of(known, seed=self.seed).states),
+            plausible=PlausibleStates.fit(self.decoder, _some(known, seed=self.seed)),
             known=KnownStates.of(self.before, seed=self.seed),
             facts=facts,
         )
@@ -360,6 +359,12 @@ def _plan(pairs: Pairs, n_before: int, n_after: int) -> csr_matrix:
     """Where the mass of each cell before goes: rows, which sum to 1, of a matrix (n_before, n_after)."""
     plan = csr_matrix((pairs.weight, (pairs.before, pairs.after)), shape=(n_before, n_after))
     return csr_matrix(plan.multiply(1 / plan.sum(1)))
+
+
+def _some(states: NDArray[np.float32], *, seed: int) -> NDArray[np.float32]:
+    """At most 1,000 of some states, (n, dim), in their order."""
+    rng = np.random.default_rng([seed, _STREAM])
+    return states[np.sort(rng.permutation(len(states))[:_MOST_KNOWN])]
 
 
 def _nearest(states: NDArray[np.floating], known: NDArray[np.float32], *, skip_self: bool) -> NDArray[np.float64]:

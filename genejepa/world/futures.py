@@ -89,8 +89,6 @@ def futures_of(
     centres: NDArray[np.float64] = np.empty((0, 0))
     ends = [_ends(own, b, a) for own, b, a in zip(pairs, before, after, strict=True)]
     by_size = sorted(range(len(pairs)), key=lambda k: -max(len(modes) for modes in ends[k].values()))
-    if max(len(modes) for modes in ends[by_size[0]].values()) == 1:
-        by_size = []
     for number in by_size:
         for origin, modes in ends[number].items():
             if len(modes) == 1:

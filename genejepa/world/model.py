@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from genejepa.world.actions import Action, ActionSpace, is_finite_number
 from genejepa.world.decoder import Decoder
 from genejepa.world.fitting import READOUT_SHARE, Fitted, Fitting
 from genejepa.world.plan import Plan
-from genejepa.world.planning import energy_distance, search
+from genejepa.world.planning import at_least, energy_distance, search
 from genejepa.world.slow import SlowDynamics, learn_slow
 from genejepa.world.stored import load_world, save_world
 from genejepa.world.transitions import Keys, populations, transitions
@@ -165,10 +165,10 @@ class WorldModel:
         genejepa.errors.ConfigError
             If the keys do not go together, or a number is out of range.
         """
-        _require_whole("max_futures", max_futures, least=1)
+        at_least("max_futures", max_futures, 1)
         if max_steps is not None:
-            _require_whole("max_steps", max_steps, least=0)
-        _require_whole("seed", seed, least=0)
+            at_least("max_steps", max_steps, 0)
+        at_least("seed", seed, 0)
         keys = Keys(action_key, None if control is None else as_text(control).strip(), group_key, time_key, dose_key)
         adata = as_anndata(adata)
         found = populations(adata, keys)
@@ -248,8 +248,8 @@ class WorldModel:
             If the action, combination, dose or duration was not seen, or most cells are unlike those of the fit.
         """
         fitted = self._known()
-        _require_whole("n_futures", n_futures, least=1)
-        _require_whole("seed", seed, least=0)
+        at_least("n_futures", n_futures, 1)
+        at_least("seed", seed, 0)
         if n_futures > fitted.network.n_codes:
             raise ConfigError(
                 f"`n_futures` is {n_futures}, and the world model knows {fitted.network.n_codes}.",
@@ -287,7 +287,7 @@ class WorldModel:
         One AnnData, as from :meth:`predict`, for every step.
         """
         fitted = self._known()
-        _require_whole("seed", seed, least=0)
+        at_least("seed", seed, 0)
         _require_names(actions)
         adata = as_anndata(adata)
         vectors = [self._encoded(action, None, None) for action in actions]
@@ -376,8 +376,8 @@ class WorldModel:
             As in :meth:`predict`.
         """
         fitted = self._known()
-        _require_whole("n_cells", n_cells, least=2)
-        _require_whole("seed", seed, least=0)
+        at_least("n_cells", n_cells, 2)
+        at_least("seed", seed, 0)
         _require_names(actions)
         names = self._plannable(actions)
         fast = FastDynamics(fitted.network, [self._encoded(name, None, None)[0] for name in names], seed=seed)
@@ -388,7 +388,7 @@ class WorldModel:
         apart = float(energy_distance(begin[None], end)[0])
         slow = None
         if method == "hierarchical":
-            _require_whole("span", span, least=1)
+            at_least("span", span, 1)
             slow = self._slow_dynamics(fast, names, span=int(span), seed=int(seed))
         found = search(
             fast,
@@ -710,8 +710,3 @@ def _n_steps(n_transitions: int) -> int:
 def _require_names(actions: Sequence[str | None] | None) -> None:
     if isinstance(actions, str):
         raise ConfigError(f"`actions` is {actions!r}, expected a list of names.", fix=f"pass actions=[{actions!r}].")
-
-
-def _require_whole(name: str, value: Any, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a whole number of at least {least}.")

@@ -266,7 +266,7 @@ def search(
     DataError
         If a population has another shape, or a value that is not finite.
     """
-    n_best, seed, horizon = _at_least("n_best", n_best, 1), _at_least("seed", seed, 0), _at_least("horizon", horizon, 1)
+    n_best, seed, horizon = at_least("n_best", n_best, 1), at_least("seed", seed, 0), at_least("horizon", horizon, 1)
     _check_method(method, slow, span, horizon)
     _check_populations(start, goal)
     if not (np.isfinite(action_cost) and action_cost >= 0):
@@ -289,7 +289,14 @@ def search(
     return Search(candidates, costs.tree.n_evaluations + n_slow, method)
 
 
-def _at_least(name: str, value: int, minimum: int) -> int:
+def at_least(name: str, value: int, minimum: int) -> int:
+    """Return a whole number, or refuse what is none or is too small.
+
+    Raises
+    ------
+    ConfigError
+        If it is.
+    """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise ConfigError(
             f"`{name}` is {value!r}, expected a whole number of at least {minimum}.", fix=f"pass {name}={minimum}."
@@ -309,7 +316,7 @@ def _check_method(method: str, slow: Dynamics | None, span: int | None, horizon:
             "macro-actions and their length.",
             fix="pass slow and span, or method='auto'.",
         )
-    if _at_least("span", span, 1) >= horizon:
+    if at_least("span", span, 1) >= horizon:
         raise ConfigError(
             f"`span` is {span} and `horizon` is {horizon}, expected a shorter span.",
             fix=f"pass horizon={span + 1} or more, or method='auto'.",

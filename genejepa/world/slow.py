@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from genejepa._arithmetic import plain_arithmetic
 from genejepa._lightning import LightningModule
 from genejepa.train.devices import cpu_threads
-from genejepa.world.training import run_steps
+from genejepa.world.training import adamw_with_cosine, run_steps
 
 if TYPE_CHECKING:
     from typing import Any
@@ -23,7 +23,7 @@ _MACRO_DIM = 8
 _HIDDEN = 256
 _N_STEPS = 600
 _BATCH = 512
-_LEARNING_RATE = 3e-3
+_LEARNING_RATE, _WEIGHT_DECAY = 3e-3, 0.01
 _MOST_SEQUENCES = 4096
 _N_MACROS = 48
 _N_RECORDED = 20_000
@@ -148,9 +148,7 @@ class _SlowModule(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _N_STEPS)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw_with_cosine(self, _LEARNING_RATE, weight_decay=_WEIGHT_DECAY, n_steps=_N_STEPS)
 
 
 def _train(network: SlowNetwork, before: Tensor, sequences: Tensor, after: Tensor, *, seed: int) -> None:

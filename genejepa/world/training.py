@@ -175,9 +175,14 @@ class TransitionModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine to zero."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.n_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw_with_cosine(self, _LEARNING_RATE, weight_decay=_WEIGHT_DECAY, n_steps=self.n_steps)
+
+
+def adamw_with_cosine(module: nn.Module, learning_rate: float, *, weight_decay: float, n_steps: int) -> dict[str, Any]:
+    """AdamW, its learning rate on a cosine to zero over the steps, as Lightning wants them."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def set_distance(predicted: Tensor, true: Tensor, scale: Tensor) -> Tensor:
