@@ -22,6 +22,8 @@ _LARGEST = 1e30
 """No setting is larger; infinity would be accepted by every comparison and break every sum."""
 _LARGEST_SEED = 2**63 - 1
 """Model files hold whole numbers of 64 bits with a sign."""
+LARGEST_NUMPY_SEED = 2**32 - 1
+"""What scikit-learn takes."""
 
 
 @dataclass(frozen=True)
@@ -245,14 +247,19 @@ def check_one_of(config: object, allowed: Sequence[str], *names: str) -> None:
             raise ConfigError(f"`{name}` is {getattr(config, name)!r}.", fix=f"use one of {choice}.")
 
 
+def at_least(name: str, value: object, low: int, *, high: int | None = None) -> int:
+    """Return an argument, or raise :class:`ConfigError` if it is no whole number from ``low`` to ``high``."""
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_whole or value < low or (high is not None and value > high):  # type: ignore[operator]  # it is a number
+        most = "" if high is None else f" and at most {high}"
+        raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a whole number of at least {low}{most}.")
+    return int(value)  # type: ignore[call-overload, no-any-return]  # it is a number
+
+
 def check_at_least(config: object, low: int, *names: str, high: int | None = None) -> None:
     """Refuse values of the named settings that are no whole numbers from ``low`` to ``high``."""
     for name in names:
-        value = _python_number(config, name)
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if not is_whole or value < low or (high is not None and value > high):
-            most = "" if high is None else f" and at most {high}"
-            raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a whole number of at least {low}{most}.")
+        at_least(name, _python_number(config, name), low, high=high)
 
 
 def check_range(config: object, low: float, high: float, *names: str) -> None:

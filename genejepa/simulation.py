@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from genejepa.config import LARGEST_NUMPY_SEED, at_least
 from genejepa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -319,9 +320,10 @@ def explore(
         As from `observe`, and ``obs["trajectory"]``, ``obs["start"]``, ``obs["time"]`` (0 to `n_steps`) and
         ``obs["action"]``, the one that led to this time; that of time 0 is the control.
     """
-    _check_positive(n_steps=n_steps, n_trajectories=n_trajectories, n_cells=n_cells)
+    for name, number in {"n_steps": n_steps, "n_trajectories": n_trajectories, "n_cells": n_cells}.items():
+        at_least(name, number, 1)
+    rng = _generator(seed)
     _check_some(starts=starts, actions=actions)
-    rng = np.random.default_rng(seed)
     sequences = rng.choice(np.asarray(actions, dtype=str), (n_trajectories, n_steps))
     from_start = np.arange(n_trajectories) % len(starts)
     trajectory = np.repeat(np.arange(n_trajectories), (n_steps + 1) * n_cells)
@@ -345,7 +347,7 @@ def explore(
 
 def outcome(model: Regulation, start: str, sequence: Sequence[str], *, n_cells: int = 100, seed: int = 0) -> States:
     """Where cells are, (n_cells, n_regulators), after one action after the other, each as long as in `explore`."""
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed)
     states = model.start(start, n_cells, rng=rng)
     for action in sequence:
         states = model.act(states, action, rng=rng)
@@ -402,9 +404,10 @@ def landscape(
     seed: int = 0,
 ) -> Landscape:
     """Try all sequences of actions up to a length; populations that are the same are gone on with once."""
-    _check_positive(horizon=horizon, n_cells=n_cells)
+    at_least("horizon", horizon, 1)
+    at_least("n_cells", n_cells, 1)
+    rng = _generator(seed)
     _check_some(starts=starts, actions=actions)
-    rng = np.random.default_rng(seed)
     found = Landscape({}, tuple(actions), horizon, [], {})
     for name in starts:
         found.starts[name] = _number(found.populations, model.start(name, n_cells, rng=rng))
@@ -442,7 +445,7 @@ def draw_problems(known: Landscape, n_problems: int, *, seed: int = 0) -> list[P
 
     Goals are populations of one kind of cell: of a mixture it would be unclear how alike its shares have to be.
     """
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed)
     problems = [
         Problem(start, goal, sequences)
         for start in known.starts
@@ -493,8 +496,8 @@ def _split(n_cells: int, fraction: float, action: str, seed: int) -> AnnData:
     """Progenitors at the saddle, a given fraction of them on the side of gene 0, and the same after an action."""
     from scipy.stats import norm
 
-    _check_positive(n_cells=n_cells)
-    rng = np.random.default_rng(seed)
+    at_least("n_cells", n_cells, 1)
+    rng = _generator(seed)
     model = Regulation.of("toggleswitch")
     saddle = model.advance(np.full((1, 2), _ON), CONTROL, _SETTLED)
     lead = _SPREAD * (norm.ppf(fraction) + rng.standard_normal((2 * n_cells, 1)))
@@ -515,10 +518,8 @@ def _check_known(what: str, name: str, known: Sequence[str]) -> None:
         raise ConfigError(f"{what} {name!r} is unknown.", fix=f"pass one of {', '.join(map(repr, known))}.")
 
 
-def _check_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
-            raise ConfigError(f"`{name}` is {number!r}.", fix="give a whole number of at least 1.")
+def _generator(seed: int) -> np.random.Generator:
+    return np.random.default_rng(at_least("seed", seed, 0, high=LARGEST_NUMPY_SEED))
 
 
 def _check_some(**names: Sequence[str]) -> None:

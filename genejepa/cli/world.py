@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _N_GENES: Final = 5
 _N_LISTED: Final = 20
-_SPAN: Final = 3
+_SPAN: Final = 2
 """Actions that the hierarchical method takes at once."""
 _PICTURES: Final = (".pdf", ".png", ".svg")
 _DPI: Final = 150
@@ -536,7 +536,7 @@ def _fitted(
 
 def _require_known(adata: AnnData, keys: Keys, model: GeneJEPA, asked: Sequence[str], *, dose: float | None) -> None:
     from genejepa.world.actions import Action, ActionSpace
-    from genejepa.world.model import gene_vectors_of
+    from genejepa.world.decoder import gene_vectors_of
     from genejepa.world.transitions import populations, transitions
 
     with warnings.catch_warnings(action="ignore"):  # the fit and the prediction give them

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _N_LISTED = 20
 
+SEPARATOR = "+"
+"""Joins the parts of a combination of actions, as in ``KLF1+GATA1``; their order does not matter."""
+
 
 @dataclass(frozen=True)
 class CountSlot:
@@ -68,6 +71,18 @@ class CountSlot:
         """Table of the genes of this slot."""
         table: pd.DataFrame = adata.raw.var if self.use_raw else adata.var
         return table
+
+
+def parts_of(label: str, control: str | None) -> tuple[str, ...]:
+    """Different parts of an action such as ``"A+B"``, sorted; the control is no part of it, and has none itself.
+
+    A name such as ``"CD3+"``, of which a part would be empty, is that of a single action.
+    """
+    label, control = label.strip(), None if control is None else control.strip()
+    parts = [part.strip() for part in label.split(SEPARATOR)]
+    if not all(parts) or label == control:
+        parts = [label]
+    return tuple(sorted({part for part in parts if part != control}))
 
 
 def missing_key(slot: str, key: object, existing: Iterable[object], *, argument: str = "") -> MissingKeyError:

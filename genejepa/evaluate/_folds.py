@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from genejepa.config import at_least
 from genejepa.errors import DataError
-from genejepa.evaluate._input import at_least
 
 Codes = NDArray[np.intp]
 Folds = list[tuple[Codes, Codes]]

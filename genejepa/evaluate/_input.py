@@ -9,18 +9,11 @@ import numpy as np
 import pandas as pd
 
 from genejepa.data.slots import finite_matrix, obs_column, read_embedding
-from genejepa.errors import ConfigError, DataError
+from genejepa.errors import DataError
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import ArrayLike, NDArray
-
-
-def at_least(name: str, value: int, minimum: int) -> int:
-    """Return `value`, or raise if it is below `minimum`."""
-    if value < minimum:
-        raise ConfigError(f"`{name}` is {value}, expected at least {minimum}.", fix=f"Pass {name}={minimum} or more.")
-    return value
 
 
 def check_arrays(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genejepa.data.slots import obs_column
+from genejepa.config import LARGEST_NUMPY_SEED, at_least
+from genejepa.data.slots import obs_column, parts_of
 from genejepa.errors import ConfigError, DataError, GeneMismatchError
-from genejepa.evaluate._input import at_least
-from genejepa.evaluate._transition_baselines import Changes, action_problem, parts_of, time_problem
+from genejepa.evaluate._transition_baselines import Changes, action_problem, time_problem
 from genejepa.evaluate.distances import energy_distance, median_distance, mmd, wasserstein
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ def transition(
 
     at_least("n_top", n_top, 1)
     at_least("n_components", n_components, 1)
+    at_least("seed", seed, 0, high=LARGEST_NUMPY_SEED)
     if (action_key is None) == (time_key is None):
         raise ConfigError(
             f"`action_key` is {action_key!r} and `time_key` is {time_key!r}, expected exactly one of them.",

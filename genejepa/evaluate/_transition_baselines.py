@@ -201,14 +201,6 @@ def time_problem(cells_at: Callable[[float], NDArray[np.float64]], times: Sequen
     )
 
 
-def parts_of(label: str, control: str) -> Parts:
-    """Sorted parts of an action such as ``"A+B"``; the control is no part of it, and has none itself."""
-    parts = [part.strip() for part in label.split("+")]
-    if label == control:
-        return ()
-    return tuple(sorted(part for part in parts if part != control)) if all(parts) else (label,)
-
-
 def _mean(vectors: Any) -> Vector | None:
     """Mean of vectors, None of none."""
     found = list(vectors)

@@ -15,10 +15,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from genejepa.config import at_least
 from genejepa.data.slots import finite_matrix
 from genejepa.errors import DataError
 from genejepa.evaluate._folds import Codes, draw_cells, inner_folds, outer_folds
-from genejepa.evaluate._input import at_least, check_arrays
+from genejepa.evaluate._input import check_arrays
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from genejepa._constants import OBSM_KEY
-from genejepa.evaluate._input import at_least, read_cells
+from genejepa.config import at_least
+from genejepa.evaluate._input import read_cells
 from genejepa.evaluate._tables import cross_validated_table, few_shot_table
 from genejepa.evaluate.predict import predict_few_shot, predict_knn, predict_linear
 

@@ -46,9 +46,10 @@ def energy(adata: AnnData, *, key: str = "energy", groupby: str | None = None, a
     DataError
         If the energies are not positive numbers, or there is no cell with a group.
     """
+    import pandas as pd
     from matplotlib.ticker import LogLocator, NullLocator
 
-    values = obs_column(adata, key).to_numpy(dtype=np.float64)
+    values = pd.to_numeric(obs_column(adata, key).astype(object), errors="coerce").to_numpy(dtype=np.float64)
     bad = ~(np.isfinite(values) & (values > 0))
     if bad.any():
         raise DataError(

@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genejepa.data.slots import missing_key
+from genejepa.data.slots import SEPARATOR, missing_key, parts_of
 from genejepa.errors import ConfigError, ExtrapolationWarning, MissingKeyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
-
-SEPARATOR = "+"
-"""Joins the parts of a combination, as in ``KLF1+GATA1``; their order does not matter."""
 
 _GENE_RIDGE = 1.0
 """Ridge on gene identity vectors, in units of their mean square."""
@@ -46,10 +43,7 @@ class Action:
 
         A name such as ``"CD3+"``, of which a part would be empty, is that of a single action.
         """
-        name = name.strip()
-        parts = [part.strip() for part in name.split(SEPARATOR)]
-        parts = parts if all(parts) and name != control else [name]
-        named = tuple(sorted({part for part in parts if part != control}))
+        named = parts_of(name, control)
         return cls(named, dose if named else None)
 
     def __str__(self) -> str:
@@ -129,11 +123,12 @@ class ActionSpace:
         vector[: self.has_time] = 1.0
         for part in action.parts:
             weights = self._weights(part)
-            largest = float(weights @ self.largest_dose / weights.sum())
-            level = 1.0 if action.dose is None else math.log1p(action.dose) / math.log1p(largest or 1.0)
-            if action.dose is not None and action.dose > largest:
-                _warn(f"dose {action.dose:g} of {part!r} is above the largest one seen, {largest:g}")
-            vector[self.has_time :] += level * weights
+            if action.dose is not None:
+                largest = float(self.largest_dose[weights != 0].max())
+                if action.dose > largest:
+                    _warn(f"dose {action.dose:g} of {part!r} is above the largest one seen, {largest:g}")
+                weights *= math.log1p(action.dose) / np.log1p(np.where(self.largest_dose > 0, self.largest_dose, 1.0))
+            vector[self.has_time :] += weights
         unseen_parts = any(part not in self.names for part in action.parts)
         if action.parts and action.parts not in self.seen and not unseen_parts:
             if len(action.parts) > 1:

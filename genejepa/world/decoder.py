@@ -26,7 +26,7 @@ _CHUNK = 1024
 
 
 class Decoder:
-    """Expression of states, by the count read-out of a trained model.
+    """Expression of states, by the count read-out of a trained model as it is now.
 
     Expression is ``log1p`` of counts scaled to the median depth that the training cells have over the genes of the
     model; what is decoded is its mean over Poisson counts, so that it compares with that of cells.
@@ -35,6 +35,7 @@ class Decoder:
     def __init__(self, model: GeneJEPA) -> None:
         assert model.jepa is not None
         self.model = model
+        self.weights_sha256 = model.weights_sha256()
         self.median_depth = model.normalizer.median_depth
         readout = model.jepa.readout
         self._weight = readout.linear.weight.detach().numpy().astype(np.float64)
@@ -111,6 +112,14 @@ class PlausibleStates:
     def energy(self, decoder: Decoder, states: NDArray[np.floating]) -> NDArray[np.float32]:
         """Energy of states, (n,), from (n, dim)."""
         return self.scale.energy(decoder.residuals(states)).astype(np.float32)
+
+
+def gene_vectors_of(model: GeneJEPA) -> dict[str, NDArray[np.float64]]:
+    """Identity of each gene: what it is to the predictor and to the read-out, each of unit mean square."""
+    assert model.jepa is not None
+    parts = [model.jepa.predictor.gene_queries.detach().numpy(), model.jepa.readout.linear.weight.detach().numpy()]
+    vectors = np.concatenate([part / np.sqrt(np.square(part).mean()) for part in parts], 1, dtype=np.float64)
+    return dict(zip(model.genes, vectors, strict=True))
 
 
 @cache

@@ -12,8 +12,8 @@ from scipy.sparse import csr_matrix
 
 from genejepa._arithmetic import plain_arithmetic
 from genejepa.world.decoder import PlausibleStates
-from genejepa.world.futures import futures_of, modes_of
-from genejepa.world.linear import Features, RidgeFit, Sample, folds_of
+from genejepa.world.futures import FutureShares, futures_of, modes_of
+from genejepa.world.linear import Features, Sample, folds_of, ridge
 from genejepa.world.network import TransitionNetwork
 from genejepa.world.training import Belief, Example, train_network
 from genejepa.world.transitions import Pairs, match
@@ -42,9 +42,6 @@ HIDDEN = 256
 _GATE_FOLDS = 3
 _N_NEIGHBOURS = 5
 _MOST_KNOWN = 1000
-_NEVER = 1e-3
-"""Mass of a future that does not occur, so that its log probability is finite."""
-
 _STREAM = 10
 """Keeps the random numbers of matching apart from those of other uses."""
 
@@ -89,6 +86,8 @@ class Fitted:
         Median and largest duration of a transition; 1 without times.
     network
         Change of states.
+    shares
+        How often each future occurs, by action.
     expression : (n_features, n_genes), float32
         Change of log expression beyond what the read-out says, by the features of the linear start.
     plausible
@@ -104,6 +103,7 @@ class Fitted:
     unit: float
     longest: float
     network: TransitionNetwork
+    shares: FutureShares
     expression: NDArray[np.float32]
     plausible: PlausibleStates
     known: KnownStates
@@ -150,31 +150,22 @@ class Fitting:
         self.space = space
         durations = np.array([1.0 if pair.duration is None else pair.duration for pair in pairs])
         self.unit, self.longest = float(np.median(durations)), float(durations.max())
-        self.durations = durations / self.unit
-        self.actions = np.stack([space.encode(pair.action) for pair in pairs])
-        self.kinds = np.unique(self.actions, axis=0, return_inverse=True)[1].ravel()
-        self.cells = [self._cells(number) for number in range(len(pairs))]
+        self.chosen = self._chosen()
+        self.cells = [(self.chosen[id(pair.source)], self.chosen[id(pair.target)]) for pair in pairs]
         self.matched = [self._matched(number) for number in range(len(pairs))]
-        found = self._find_futures(most_futures)
-        self.futures = [future for future, _ in found]
-        self.n_futures = 1 + max(int(own.max()) for own in self.futures)
-        self.chances = [chance[:, : self.n_futures] for _, chance in found]
-        before = np.unique(np.concatenate([own[0] for own in self.cells]))
-        self.before = states[before]
+        self.before = states[np.unique(np.concatenate([own[0] for own in self.cells]))]
         self.features = Features.of(self.before, n_actions=space.dim)
+        self.examples = self._examples(durations / self.unit, self._find_futures(most_futures))
+        self.n_futures = self.examples[0].chance.shape[1]
 
     def run(self, keys: Keys) -> Fitted:
         """Learn everything."""
         groups = [pair.group for pair in self.pairs]
-        fold_of = folds_of(groups, most=_GATE_FOLDS)
-        by_state = RidgeFit(self._state_samples(), self._penalty(_STATE_PENALTY), fold_of)
-        linear = by_state.coefficients()
-        by_future = self._by_future()
-        expression = RidgeFit(self._expression_samples(linear, by_future), self._penalty(_EXPRESSION_PENALTY))
-        examples = self._examples()
-        belief = self._belief(by_state, fold_of, by_future, examples)
-        network = self._network(linear, by_future)
-        train_network(network, examples, n_steps=self.n_steps, seed=self.seed)
+        shares = FutureShares.of_examples(self.examples)
+        linear, by_future = self._linear(self.examples)
+        expression = self._expression(linear, by_future)
+        belief = self._belief(folds_of(groups, most=_GATE_FOLDS))
+        network = self._trained(self.examples, linear, by_future, shares)
         network.gate.fill_(belief.gate)
         network.prior_gate.fill_(belief.prior_gate)
         facts: dict[str, float | int | str] = {
@@ -195,73 +186,35 @@ class Fitting:
             unit=self.unit,
             longest=self.longest,
             network=network,
-            expression=expression.coefficients().astype(np.float32),
+            shares=shares,
+            expression=expression.astype(np.float32),
             plausible=PlausibleStates.fit(self.decoder, _some(known, seed=self.seed)),
             known=KnownStates.of(self.before, seed=self.seed),
             facts=facts,
         )
 
-    def _penalty(self, strength: float) -> NDArray[np.float64]:
-        return self.features.penalty(self.actions, self.durations, strength=strength)
-
-    def _cells(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Cells of a transition before and after, at most 2,000 of each."""
-        rng = np.random.default_rng([self.seed, _STREAM, number])
-        pair = self.pairs[number]
-        before, after = (rng.permutation(p.cells)[:MOST_CELLS] for p in (pair.source, pair.target))
-        return np.sort(before), np.sort(after)
+    def _chosen(self) -> dict[int, NDArray[np.int64]]:
+        """Cells of every population that are used, at most 2,000, by its id."""
+        found: dict[int, NDArray[np.int64]] = {}
+        for number, pair in enumerate(self.pairs):
+            for side, population in enumerate((pair.source, pair.target)):
+                if id(population) not in found:
+                    rng = np.random.default_rng([self.seed, _STREAM, number, side])
+                    found[id(population)] = np.sort(rng.permutation(population.cells)[:MOST_CELLS])
+        return found
 
     def _matched(self, number: int) -> Pairs:
         before, after = self.cells[number]
-        rng = np.random.default_rng([self.seed, _STREAM, number, 1])
+        rng = np.random.default_rng([self.seed, _STREAM, number, 2])
         return match(self.states[before], self.states[after], rng)
 
-    def _state_samples(self, future: int | None = None) -> Iterator[Sample]:
-        """Changes of state, of all pairs or of those of a future, where it occurs."""
-        for number, (pairs, (before, after)) in enumerate(zip(self.matched, self.cells, strict=True)):
-            kept = slice(None) if future is None else np.flatnonzero(self.futures[number] == future)
-            weight = pairs.weight[kept]
-            if len(weight):
-                z = self.states[before[pairs.before[kept]]].astype(np.float64)
-                change = self.states[after[pairs.after[kept]]] - z
-                yield Sample(self._features_of(number, z), change, weight / weight.sum())
-
-    def _by_future(self) -> NDArray[np.float64]:
-        """Coefficients of the linear start of each future, (n_futures, n_features, dim)."""
-        fits = [RidgeFit(self._state_samples(k), self._penalty(_STATE_PENALTY)) for k in range(self.n_futures)]
-        return np.stack([fit.coefficients() for fit in fits])
-
-    def _expression_samples(self, linear: NDArray[np.float64], by_future: NDArray[np.float64]) -> Iterator[Sample]:
-        """Changes of expression that the read-out does not account for, summed up for each cell before."""
-        decode = self.decoder.expression
-        for number, (pairs, (before, after)) in enumerate(zip(self.matched, self.cells, strict=True)):
-            plan = _plan(pairs, len(before), len(after))
-            z = self.states[before].astype(np.float64)
-            features = self._features_of(number, z)
-            decoded = decode(z + features @ linear)
-            told = READOUT_SHARE * (decoded - decode(z))
-            if self.n_futures > 1:
-                shares = np.zeros((len(before), self.n_futures))
-                np.add.at(shares, (pairs.before, self.futures[number]), pairs.weight)
-                shares /= shares.sum(1, keepdims=True)
-                for k in np.flatnonzero(shares.sum(0)):
-                    told += shares[:, k, None] * (decode(z + features @ by_future[k]) - decoded)
-            weight = np.bincount(pairs.before, pairs.weight, len(before)).astype(np.float64)
-            yield Sample(features, plan @ self.profiles[after] - self.profiles[before] - told, weight)
-
-    def _features_of(self, number: int, states: NDArray[np.floating]) -> NDArray[np.float64]:
-        return self.features(states, self.actions[number], float(self.durations[number]))
-
     def _find_futures(self, most: int) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-        """Future of each pair, (n_pairs,), and chances of all, (n_pairs, most), for every transition."""
-        modes: dict[int, NDArray[np.int64]] = {}
-        for pair, cells in zip(self.pairs, self.cells, strict=True):
-            for population, own in zip((pair.source, pair.target), cells, strict=True):
-                if id(population) not in modes:
-                    modes[id(population)] = modes_of(self.states[own], most=most, seed=self.seed)
+        """Future of each pair, (n_pairs,), and chances of all, (n_pairs, n_futures), for every transition."""
+        modes = {key: modes_of(self.states[cells], most=most, seed=self.seed) for key, cells in self.chosen.items()}
         found: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
-        for kind in range(self.kinds.max() + 1):
-            numbers = np.flatnonzero(self.kinds == kind).tolist()
+        # Doses of the same actions have futures in common.
+        for parts in sorted({pair.action.parts for pair in self.pairs}):
+            numbers = [number for number, pair in enumerate(self.pairs) if pair.action.parts == parts]
             labels = futures_of(
                 [self.matched[k] for k in numbers],
                 [modes[id(self.pairs[k].source)] for k in numbers],
@@ -271,71 +224,125 @@ class Fitting:
                 most=most,
             )
             found |= dict(zip(numbers, labels, strict=True))
-        return [found[number] for number in range(len(self.pairs))]
+        n_futures = 1 + max(int(future.max()) for future, _ in found.values())
+        return [(found[k][0], found[k][1][:, :n_futures]) for k in range(len(self.pairs))]
 
-    def _network(self, linear: NDArray[np.float64], by_future: NDArray[np.float64]) -> TransitionNetwork:
-        """Network that predicts as the linear starts do."""
-        each = np.stack(
-            [np.bincount(f, p.weight, self.n_futures) for f, p in zip(self.futures, self.matched, strict=True)]
-        )
-        # The median: what happens in a minority of the groups is not what is to be expected in another one.
-        kinds = range(self.kinds.max() + 1)
-        shares = _NEVER + np.stack([np.median(each[self.kinds == kind], axis=0) for kind in kinds])
-        logits = np.log(shares / shares.sum(1, keepdims=True))
-        first = np.unique(self.kinds, return_index=True)[1]
-        with plain_arithmetic(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return TransitionNetwork(
-                self.features,
-                torch.tensor(linear, dtype=torch.float32),
-                torch.tensor(by_future - linear, dtype=torch.float32),
-                # Combinations are sums of their parts; the smallest numbers that give every kind its own.
-                torch.tensor(np.linalg.pinv(self.actions[first]) @ logits, dtype=torch.float32),
-                hidden=HIDDEN,
-            )
-
-    def _examples(self) -> list[Example]:
+    def _examples(
+        self, durations: NDArray[np.float64], futures: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]
+    ) -> list[Example]:
+        actions = np.stack([self.space.encode(pair.action) for pair in self.pairs])
+        kinds = np.unique(actions, axis=0, return_inverse=True)[1].ravel()
         starts: dict[int, list[int]] = {}
         for number, pair in enumerate(self.pairs):
             starts.setdefault(id(pair.source), []).append(number)
         found = []
         for number, (pairs, (before, after)) in enumerate(zip(self.matched, self.cells, strict=True)):
+            future, chance = futures[number]
             example = Example(
                 before=torch.from_numpy(self.states[before[pairs.before]]),
                 after=torch.from_numpy(self.states[after[pairs.after]]),
-                future=torch.from_numpy(self.futures[number]),
-                chance=torch.tensor(self.chances[number], dtype=torch.float32),
+                future=torch.from_numpy(future),
+                chance=torch.tensor(chance, dtype=torch.float32),
                 weight=pairs.weight,
-                action=torch.tensor(self.actions[number], dtype=torch.float32),
-                duration=float(self.durations[number]),
-                kind=int(self.kinds[number]),
+                parts=self.pairs[number].action.parts,
+                action=torch.tensor(actions[number], dtype=torch.float32),
+                duration=float(durations[number]),
+                kind=int(kinds[number]),
                 followers=tuple(starts.get(id(self.pairs[number].target), ())),
             )
             found.append(example)
         return found
 
-    def _belief(
+    def _penalty(self, examples: Sequence[Example], strength: float) -> NDArray[np.float64]:
+        actions = np.stack([example.action.double().numpy() for example in examples])
+        durations = np.array([example.duration for example in examples])
+        return self.features.penalty(actions, durations, strength=strength)
+
+    def _linear(self, examples: Sequence[Example]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Coefficients of the linear start, (n_features, dim), and of that of each future, (n_futures, ...)."""
+        penalty = self._penalty(examples, _STATE_PENALTY)
+        linear = ridge(self._state_samples(examples, None), penalty)
+        if self.n_futures == 1:
+            return linear, linear[None]
+        each = [ridge(self._state_samples(examples, k), penalty) for k in range(self.n_futures)]
+        return linear, np.stack(each)
+
+    def _state_samples(self, examples: Sequence[Example], future: int | None) -> Iterator[Sample]:
+        """Changes of state in all pairs, or in those of one future; in all if an action never has this future."""
+        having = {
+            example.parts for example in examples if future is not None and bool((example.future == future).any())
+        }
+        for example in examples:
+            numbers = example.future.numpy()
+            kept = numbers == future if example.parts in having else np.ones(len(numbers), dtype=bool)
+            if kept.any():
+                z, weight = example.before.double().numpy()[kept], example.weight[kept]
+                features = self.features(z, example.action.double().numpy(), example.duration)
+                yield Sample(features, example.after.double().numpy()[kept] - z, weight / weight.sum())
+
+    def _expression(self, linear: NDArray[np.float64], by_future: NDArray[np.float64]) -> NDArray[np.float64]:
+        samples = self._expression_samples(linear, by_future)
+        return ridge(samples, self._penalty(self.examples, _EXPRESSION_PENALTY))
+
+    def _expression_samples(self, linear: NDArray[np.float64], by_future: NDArray[np.float64]) -> Iterator[Sample]:
+        """Changes of expression that the read-out does not account for, summed up for each cell before."""
+        decode = self.decoder.expression
+        for pairs, (before, after), example in zip(self.matched, self.cells, self.examples, strict=True):
+            plan = _plan(pairs, len(before), len(after))
+            z = self.states[before].astype(np.float64)
+            features = self.features(z, example.action.double().numpy(), example.duration)
+            decoded = decode(z + features @ linear)
+            told = READOUT_SHARE * (decoded - decode(z))
+            if self.n_futures > 1:
+                shares = np.zeros((len(before), self.n_futures))
+                np.add.at(shares, (pairs.before, example.future.numpy()), pairs.weight)
+                shares /= shares.sum(1, keepdims=True)
+                for k in np.flatnonzero(shares.sum(0)):
+                    told += shares[:, k, None] * (decode(z + features @ by_future[k]) - decoded)
+            weight = np.bincount(pairs.before, pairs.weight, len(before)).astype(np.float64)
+            yield Sample(features, plan @ self.profiles[after] - self.profiles[before] - told, weight)
+
+    def _trained(
         self,
-        by_state: RidgeFit,
-        fold_of: list[int],
+        examples: Sequence[Example],
+        linear: NDArray[np.float64],
         by_future: NDArray[np.float64],
-        examples: list[Example],
-    ) -> Belief:
-        """How far the network is right about groups that it has not seen; with one group, about such cells."""
-        by_group = max(fold_of) > 0
+        shares: FutureShares,
+    ) -> TransitionNetwork:
+        """Network that starts from linear predictions."""
+        with plain_arithmetic(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            network = TransitionNetwork(
+                self.features,
+                torch.tensor(linear, dtype=torch.float32),
+                torch.tensor(by_future, dtype=torch.float32),
+                hidden=HIDDEN,
+            )
+        train_network(network, examples, shares, n_steps=self.n_steps, seed=self.seed)
+        return network
+
+    def _belief(self, fold_of: Sequence[int]) -> Belief:
+        """How far networks are right about groups of which they saw nothing; with one group, about such cells."""
         belief = Belief()
-        for fold in range(max(fold_of) + 1 if by_group else _GATE_FOLDS):
-            if by_group:
-                training, held_out = _without(examples, [own == fold for own in fold_of])
-            else:
-                is_out = [pairs.before % _GATE_FOLDS == fold for pairs in self.matched]
-                training = [_part(example, ~out) for example, out in zip(examples, is_out, strict=True)]
-                held_out = [_part(example, out) for example, out in zip(examples, is_out, strict=True)]
-            network = self._network(by_state.coefficients(without=fold if by_group else None), by_future)
-            train_network(network, training, n_steps=self.n_steps, seed=self.seed)
+        for training, held_out in self._splits(fold_of):
+            shares = FutureShares.of_examples(training)
+            network = self._trained(training, *self._linear(training), shares)
             for example in held_out:
-                belief.add(network, example)
+                belief.add(network, example, shares)
         return belief
+
+    def _splits(self, fold_of: Sequence[int]) -> Iterator[tuple[list[Example], list[Example]]]:
+        """Examples to train on, and those left out, of each fold."""
+        if max(fold_of) > 0:
+            yield from (_without(self.examples, [own == k for own in fold_of]) for k in range(max(fold_of) + 1))
+            return
+        for fold in range(_GATE_FOLDS):
+            is_out = [pairs.before % _GATE_FOLDS == fold for pairs in self.matched]
+            pieces = [
+                [_part(example, out == wanted) for example, out in zip(self.examples, is_out, strict=True)]
+                for wanted in (False, True)
+            ]
+            yield pieces[0], pieces[1]
 
 
 def _without(examples: Sequence[Example], is_out: Sequence[bool]) -> tuple[list[Example], list[Example]]:

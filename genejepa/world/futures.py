@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genejepa.world.training import Example
     from genejepa.world.transitions import Pairs
 
 _N_COMPONENTS = 8
@@ -21,6 +23,63 @@ _CLEAR = 4.0
 
 SMALLEST_SHARE = 0.1
 """Share of the cells from one place that go somewhere, below which that is no future."""
+
+_NEVER = 1e-3
+"""Added to the share of every future, so that the log probability of one that does not occur is finite."""
+
+
+@dataclass(frozen=True, eq=False)
+class FutureShares:
+    """How often each future occurs after an action.
+
+    Attributes
+    ----------
+    of_known : dict
+        By the parts of an action, shares, (n_codes,), that sum to 1.
+    """
+
+    of_known: dict[tuple[str, ...], NDArray[np.float64]]
+
+    @classmethod
+    def of_examples(cls, examples: Sequence[Example]) -> FutureShares:
+        """Median over the transitions by an action: what a minority does is not to be expected of another group."""
+        each: dict[tuple[str, ...], list[NDArray[np.float64]]] = {}
+        for example in examples:
+            occurred = np.bincount(example.future.numpy(), example.weight, example.chance.shape[1])
+            each.setdefault(example.parts, []).append(occurred.astype(np.float64))
+        found = {}
+        for parts, own in each.items():
+            middle = np.median(own, axis=0)
+            shares = middle if middle.any() else np.mean(own, axis=0)
+            found[parts] = shares / shares.sum()
+        return cls(found)
+
+    @property
+    def n_codes(self) -> int:
+        """Number of futures."""
+        return len(next(iter(self.of_known.values())))
+
+    def of(self, parts: tuple[str, ...]) -> NDArray[np.float64]:
+        """Shares, (n_codes,), after an action.
+
+        After a combination that was not seen: the product of the shares after those of its parts that have several
+        futures; the first future if none has. After an unknown action: the first future.
+        """
+        if parts in self.of_known:
+            return self.of_known[parts]
+        known = [self.of_known[(part,)] for part in parts if (part,) in self.of_known]
+        several = [shares for shares in known if shares.max() < 1]
+        product = np.prod(several, axis=0) if several else np.zeros(self.n_codes)
+        if product.sum() == 0:
+            product = np.eye(self.n_codes)[0]
+        shares: NDArray[np.float64] = product / product.sum()
+        return shares
+
+    def logits(self, parts: tuple[str, ...]) -> NDArray[np.float32]:
+        """Log of the shares, (n_codes,), all finite."""
+        shares = _NEVER + self.of(parts)
+        logits: NDArray[np.float32] = np.log(shares / shares.sum()).astype(np.float32)
+        return logits
 
 
 def modes_of(states: NDArray[np.floating], *, most: int, seed: int) -> NDArray[np.int64]:
@@ -65,9 +124,10 @@ def futures_of(
     """Number of the future of each pair of cells, and the chances of all, for all transitions by one action.
 
     A future is a mode of the cells after that at least a tenth of those from one mode before go to, if there is more
-    than one such. Within a mode, transport decides which cell goes where, and that is no knowledge. Futures of
-    different transitions have the same number if the change is alike. Where there is only one, its number is 0, as
-    that of the most frequent one of the transition that has most.
+    than one such. Within a mode, transport decides which cell goes where, and that is no knowledge. Futures of these
+    transitions, of any dose, have the same number if the change is alike; those of other actions have nothing to do
+    with them. Where there is only one, its number is 0, as that of the most frequent one of the transition that has
+    most.
 
     Parameters
     ----------

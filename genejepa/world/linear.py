@@ -84,8 +84,8 @@ class Sample:
     weight: NDArray[np.float64]
 
 
-class RidgeFit:
-    """Ridge regression over transitions, all of the same weight, some of which can be left out.
+def ridge(samples: Iterable[Sample], penalty: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Coefficients, (n_features, n_targets), of a ridge regression over transitions, all of the same weight.
 
     Parameters
     ----------
@@ -93,33 +93,17 @@ class RidgeFit:
         One for each transition; read once and not kept.
     penalty : (n_features,)
         Diagonal of the penalty, from :meth:`Features.penalty`.
-    fold_of : (n_transitions,)
-        Number of the fold in which each transition is left out; all are in one fold by default.
     """
-
-    def __init__(
-        self, samples: Iterable[Sample], penalty: NDArray[np.float64], fold_of: Sequence[int] | None = None
-    ) -> None:
-        self.penalty = penalty
-        grams: dict[int, Any] = {}
-        crosses: dict[int, Any] = {}
-        self._n: dict[int, int] = {}
-        for number, sample in enumerate(samples):
-            fold = 0 if fold_of is None else fold_of[number]
-            weighted = sample.features * sample.weight[:, None]
-            grams[fold] = grams.get(fold, 0.0) + weighted.T @ sample.features
-            crosses[fold] = crosses.get(fold, 0.0) + weighted.T @ sample.targets
-            self._n[fold] = self._n.get(fold, 0) + 1
-        self._gram, self._cross = grams, crosses
-
-    def coefficients(self, *, without: int | None = None) -> NDArray[np.float64]:
-        """Coefficients, (n_features, n_targets), fitted to all folds or to all but one."""
-        used = [fold for fold in self._n if fold != without]
-        n = sum(self._n[fold] for fold in used)
-        gram = sum(self._gram[fold] for fold in used) / n
-        cross = sum(self._cross[fold] for fold in used) / n
-        solved: NDArray[np.float64] = np.linalg.solve(gram + np.diag(self.penalty), cross)
-        return solved
+    n: int = 0
+    gram: Any = 0.0
+    cross: Any = 0.0
+    for sample in samples:
+        weighted = sample.features * sample.weight[:, None]
+        gram = gram + weighted.T @ sample.features
+        cross = cross + weighted.T @ sample.targets
+        n += 1
+    solved: NDArray[np.float64] = np.linalg.solve(gram / n + np.diag(penalty), cross / n)
+    return solved
 
 
 def folds_of(groups: Sequence[str], *, most: int) -> list[int]:

@@ -14,14 +14,16 @@ import torch
 from genejepa._arithmetic import plain_arithmetic
 from genejepa._constants import OBSM_KEY
 from genejepa._memory import memory_errors
+from genejepa.config import LARGEST_NUMPY_SEED, at_least
 from genejepa.data.inputs import as_anndata
 from genejepa.data.slots import as_text
 from genejepa.errors import ConfigError, DataError, ExtrapolationWarning, NotFittedError
 from genejepa.world.actions import Action, ActionSpace, is_finite_number
-from genejepa.world.decoder import Decoder
+from genejepa.world.decoder import Decoder, gene_vectors_of
+from genejepa.world.fast import FastDynamics
 from genejepa.world.fitting import READOUT_SHARE, Fitted, Fitting
 from genejepa.world.plan import Plan
-from genejepa.world.planning import at_least, energy_distance, search
+from genejepa.world.planning import check_search, energy_distance, search
 from genejepa.world.slow import SlowDynamics, learn_slow
 from genejepa.world.stored import load_world, save_world
 from genejepa.world.transitions import Keys, populations, transitions
@@ -29,13 +31,12 @@ from genejepa.world.transitions import Keys, populations, transitions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from genejepa.model import GeneJEPA
     from genejepa.query import MatchingOptions
-    from genejepa.world.network import TransitionNetwork
 
 _FUTURES_STREAM = 11
 """Keeps the random numbers that choose a future apart from those of other uses."""
@@ -46,8 +47,8 @@ TIME = "time"
 _MOST_STEPS = 100
 """Steps after which nothing that was learnt is left of a prediction."""
 
-_MANY = 0.5
-"""Share of the cells that have to be unlike those of the fit before a warning is given."""
+_MANY = 0.1
+"""Share of the cells that have to be unlike those of the fit before a warning is given; of the latter 1 % are."""
 
 
 class WorldModel:
@@ -56,7 +57,7 @@ class WorldModel:
     Parameters
     ----------
     model
-        A trained model; it is not changed.
+        A trained model; it is not changed. Once it is trained further, the world model has to be fitted again.
 
     Raises
     ------
@@ -168,7 +169,7 @@ class WorldModel:
         at_least("max_futures", max_futures, 1)
         if max_steps is not None:
             at_least("max_steps", max_steps, 0)
-        at_least("seed", seed, 0)
+        at_least("seed", seed, 0, high=LARGEST_NUMPY_SEED)
         keys = Keys(action_key, None if control is None else as_text(control).strip(), group_key, time_key, dose_key)
         adata = as_anndata(adata)
         found = populations(adata, keys)
@@ -176,7 +177,8 @@ class WorldModel:
         space = ActionSpace.of(
             [pair.action for pair in pairs], has_time=time_key is not None, gene_vectors=gene_vectors_of(self.model)
         )
-        states, profiles = self._read(adata, matching)
+        self._decoder = Decoder(self.model)
+        states, profiles, _ = self._read(adata, matching)
         with memory_errors("fitting the world model", fix="pass fewer cells."):
             fitting = Fitting(
                 self._decoder,
@@ -218,7 +220,7 @@ class WorldModel:
             learnt is predicted in several steps.
         n_futures
             1: one future for each cell, drawn with its probability, so that the population is right. More: so many
-            of the most probable futures of each cell.
+            of the most probable futures of each cell; one that does not occur has probability 0.
         seed
             For drawing a future.
         **matching
@@ -229,7 +231,8 @@ class WorldModel:
         AnnData, (n_obs * n_futures, n_genes), with cell after cell, and the futures of a cell from the most probable
         one on. ``X``: log1p of counts scaled to the median depth of the training cells, as :meth:`expression` gives it:
         that of the cell plus the predicted change, which is in ``layers["change"]``; small values below 0 are
-        possible. ``obsm["X_genejepa"]``: state. ``obs``: that of the cells and ``action``, ``future`` (its number, from
+        possible. ``var["genejepa_measured"]``: whether the cells have the gene; that of others is told from the state.
+        ``obsm["X_genejepa"]``: state. ``obs``: that of the cells and ``action``, ``future`` (its number, from
         0), ``probability``, ``energy`` (about 1 for a state that cells have; see
         :class:`genejepa.world.decoder.PlausibleStates`), all under names that start with ``genejepa_``.
 
@@ -240,32 +243,31 @@ class WorldModel:
         genejepa.errors.MissingKeyError
             If the action is unknown and cannot be told from its gene.
         genejepa.errors.ConfigError
-            If dose, duration or ``n_futures`` is not possible.
+            If dose, duration or ``n_futures`` is not possible; more than one future needs one step.
 
         Warns
         -----
         genejepa.errors.ExtrapolationWarning
-            If the action, combination, dose or duration was not seen, or most cells are unlike those of the fit.
+            If the action or combination was not seen, the dose or duration is above the largest one seen, or, before
+            any of the steps, a tenth of the cells are unlike those that transitions were learnt from.
         """
-        fitted = self._known()
+        fitted = self._current()
         at_least("n_futures", n_futures, 1)
-        at_least("seed", seed, 0)
+        at_least("seed", seed, 0, high=LARGEST_NUMPY_SEED)
         if n_futures > fitted.network.n_codes:
             raise ConfigError(
                 f"`n_futures` is {n_futures}, and the world model knows {fitted.network.n_codes}.",
                 fix=f"pass n_futures={fitted.network.n_codes} or fewer.",
             )
-        vector, duration = self._encoded(action, dose, duration)
+        encoded, duration = self._encoded(action, dose), self._in_units(duration)
+        steps = self._steps(duration, n_futures)
         adata = as_anndata(adata)
-        states, profiles = self._read(adata, matching)
-        _warn_if_unlike(fitted, states)
-        steps = self._steps(duration)
+        states, profiles, keep = self._read(adata, matching)
         rng = np.random.default_rng([seed, _FUTURES_STREAM])
         outcome = Outcome.of_states(states)
         for number, step in enumerate(steps):
-            is_last = number == len(steps) - 1
-            outcome = self._step(outcome, vector, step, n_futures=n_futures if is_last else 1, rng=rng)
-        return self._as_anndata(adata, profiles, outcome, action=action, n_futures=n_futures)
+            outcome = self._step(outcome, encoded, step, number=number, n_futures=n_futures, rng=rng)
+        return self._as_anndata(adata, profiles, outcome, keep, action=action, n_futures=n_futures)
 
     def rollout(
         self,
@@ -286,18 +288,17 @@ class WorldModel:
         -------
         One AnnData, as from :meth:`predict`, for every step.
         """
-        fitted = self._known()
-        at_least("seed", seed, 0)
+        self._current()
+        at_least("seed", seed, 0, high=LARGEST_NUMPY_SEED)
         _require_names(actions)
         adata = as_anndata(adata)
-        vectors = [self._encoded(action, None, None) for action in actions]
-        states, profiles = self._read(adata, matching)
-        _warn_if_unlike(fitted, states)
+        encoded = [self._encoded(action, None) for action in actions]
+        states, profiles, keep = self._read(adata, matching)
         rng = np.random.default_rng([seed, _FUTURES_STREAM])
         outcome, found = Outcome.of_states(states), []
-        for action, (vector, duration) in zip(actions, vectors, strict=True):
-            outcome = self._step(outcome, vector, duration, n_futures=1, rng=rng)
-            found.append(self._as_anndata(adata, profiles, outcome, action=action, n_futures=1))
+        for number, (action, own) in enumerate(zip(actions, encoded, strict=True)):
+            outcome = self._step(outcome, own, 1.0, number=number, n_futures=1, rng=rng)
+            found.append(self._as_anndata(adata, profiles, outcome, keep, action=action, n_futures=1))
         return found
 
     def expression(self, adata: AnnData | str | Path, **matching: Unpack[MatchingOptions]) -> AnnData:
@@ -306,15 +307,14 @@ class WorldModel:
         Returns
         -------
         AnnData, (n_obs, n_genes), with log1p of counts scaled to the median depth of the training cells, over the genes
-        of the model, in ``X``, the state in ``obsm["X_genejepa"]``, and ``obs`` as it was.
+        of the model, in ``X``, the state in ``obsm["X_genejepa"]``, and ``obs`` as it was. Genes that the cells do not
+        have, where ``var["genejepa_measured"]`` is False, are told from the state: leave them out of evaluations.
         """
-        import pandas as pd
         from anndata import AnnData
 
         adata = as_anndata(adata)
-        states, profiles = self._read(adata, matching)
-        var = pd.DataFrame(index=np.array(self.model.genes, dtype=object))
-        return AnnData(profiles, obs=adata.obs.copy(), var=var, obsm={OBSM_KEY: states})
+        states, profiles, keep = self._read(adata, matching)
+        return AnnData(profiles, obs=adata.obs.copy(), var=self._var(keep), obsm={OBSM_KEY: states})
 
     def plan(
         self,
@@ -324,7 +324,7 @@ class WorldModel:
         *,
         horizon: int = 3,
         method: Literal["auto", "exhaustive", "cross_entropy", "hierarchical"] = "auto",
-        span: int = 3,
+        span: int = 2,
         action_cost: float = 0.05,
         n_best: int = 10,
         n_cells: int = 100,
@@ -375,20 +375,19 @@ class WorldModel:
         genejepa.errors.ExtrapolationWarning
             As in :meth:`predict`.
         """
-        fitted = self._known()
+        fitted = self._current()
         at_least("n_cells", n_cells, 2)
-        at_least("seed", seed, 0)
+        check_search(method, horizon=horizon, span=span, action_cost=action_cost, n_best=n_best, seed=seed)
         _require_names(actions)
         names = self._plannable(actions)
-        fast = FastDynamics(fitted.network, [self._encoded(name, None, None)[0] for name in names], seed=seed)
+        vectors, logits = (np.stack(each) for each in zip(*(self._encoded(name, None) for name in names), strict=True))
+        fast = FastDynamics(fitted.network, vectors, logits, seed=seed)
         rng = np.random.default_rng([seed, _FUTURES_STREAM, 1])
         first, last = (self._sampled(cells, n_cells, rng, matching) for cells in (start, goal))
-        _warn_if_unlike(fitted, first)
         begin, end = torch.from_numpy(first), torch.from_numpy(last)
         apart = float(energy_distance(begin[None], end)[0])
         slow = None
         if method == "hierarchical":
-            at_least("span", span, 1)
             slow = self._slow_dynamics(fast, names, span=int(span), seed=int(seed))
         found = search(
             fast,
@@ -402,14 +401,21 @@ class WorldModel:
             n_best=n_best,
             seed=seed,
         )
+        populations = [fast.imagined(begin, candidate.actions) for candidate in found.candidates]
+        unlike = [[fitted.known.share_outside(cells) for cells in ways[:-1]] for ways in populations]
+        at_start = fitted.known.share_outside(first)
+        _warn_if_unlike(at_start, "")
+        if at_start <= _MANY:
+            _warn_if_unlike(max(unlike[0], default=0.0), "later in the best plan")
         return Plan(
             sequences=[tuple(names[k] for k in candidate.actions) for candidate in found.candidates],
             costs=np.array([candidate.cost for candidate in found.candidates]),
             distances=[np.array(candidate.distances) for candidate in found.candidates],
-            populations=[fast.imagined(begin, candidate.actions) for candidate in found.candidates],
+            populations=populations,
             goal=last,
             method=found.method,
             n_evaluations=found.n_evaluations,
+            unlike=np.array([max(shares, default=0.0) for shares in unlike]),
         )
 
     def save(self, dir_path: str | Path, *, overwrite: bool = False) -> None:
@@ -422,7 +428,7 @@ class WorldModel:
         genejepa.errors.NotFittedError
             Before :meth:`fit`.
         """
-        save_world(Path(dir_path).expanduser(), self.model, self._known(), overwrite=overwrite)
+        save_world(Path(dir_path).expanduser(), self.model, self._current(), overwrite=overwrite)
 
     @classmethod
     def load(cls, dir_path: str | Path) -> WorldModel:
@@ -433,7 +439,7 @@ class WorldModel:
         genejepa.errors.ModelFileError
             If the directory is not a complete world model, or a byte of it was changed.
         """
-        model, fitted = load_world(Path(dir_path).expanduser(), gene_vectors_of)
+        model, fitted = load_world(Path(dir_path).expanduser())
         world = cls(model)
         world._fitted = fitted
         return world
@@ -471,8 +477,10 @@ class WorldModel:
         chosen = np.sort(rng.permutation(counts.n_obs)[:n_cells])
         return self.model.encode_panel(counts, keep=keep, indices=chosen)
 
-    def _read(self, adata: AnnData, matching: MatchingOptions) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """States, (n_obs, dim), and log expression, (n_obs, n_genes); that of missing genes is decoded."""
+    def _read(
+        self, adata: AnnData, matching: MatchingOptions
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_] | None]:
+        """States, (n_obs, dim), log expression, (n_obs, n_genes), and the genes of which it was not decoded."""
         counts, keep = self.model.read_panel(adata, matching)
         if counts.n_obs == 0:
             raise DataError("`adata` has no cells.", fix="pass at least one cell.")
@@ -480,17 +488,25 @@ class WorldModel:
         profiles = self._decoder.profiles(counts, keep)
         if keep is not None:
             profiles[:, ~keep] = self._decoder.expression(states)[:, ~keep]
-        return states, profiles
+        return states, profiles, keep
 
     def _known(self) -> Fitted:
         if self._fitted is None:
             raise NotFittedError("the world model is not fitted.", fix="call `world.fit(adata, ...)` first.")
         return self._fitted
 
-    def _encoded(
-        self, action: str | None, dose: float | None, duration: float | None
-    ) -> tuple[NDArray[np.float64], float]:
-        """Vector of an action, and its duration in the unit of the model."""
+    def _current(self) -> Fitted:
+        """What is known, if the model is still the one that it was learnt with."""
+        fitted = self._known()
+        if self.model.weights_sha256() != self._decoder.weights_sha256:
+            raise NotFittedError(
+                "the model was trained again after the world model was fitted: its latent is another one.",
+                fix="call `world.fit(adata, ...)` again.",
+            )
+        return fitted
+
+    def _encoded(self, action: str | None, dose: float | None) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Vector of an action, and log probabilities of the futures after it."""
         fitted = self._known()
         if action is None or (action == TIME and TIME not in fitted.space.names):
             parsed = Action()
@@ -501,16 +517,20 @@ class WorldModel:
                 f"`action` is {action!r}, the control, which changes nothing without time.",
                 fix=f"pass one of the actions {', '.join(map(repr, fitted.space.names[:5]))}.",
             )
-        vector = fitted.space.encode(parsed)
+        return fitted.space.encode(parsed), fitted.shares.logits(parsed.parts)
+
+    def _in_units(self, duration: float | None) -> float:
+        """Duration in the unit of the model."""
+        fitted = self._known()
         if duration is None:
-            return vector, 1.0
+            return 1.0
         if fitted.keys.time is None:
             raise ConfigError("`duration` is given, and there was no `time_key`.", fix="leave `duration` out.")
         if not is_finite_number(duration) or duration <= 0:
             raise ConfigError(f"`duration` is {duration!r}, expected a number above 0.", fix="pass such a duration.")
-        return vector, duration / fitted.unit
+        return duration / fitted.unit
 
-    def _steps(self, duration: float) -> list[float]:
+    def _steps(self, duration: float, n_futures: int) -> list[float]:
         """Durations of the steps, none longer than those learnt."""
         fitted = self._known()
         longest = fitted.longest / fitted.unit
@@ -520,6 +540,11 @@ class WorldModel:
                 f"`duration` is {duration * fitted.unit:g}, more than {_MOST_STEPS} times the longest transition seen, "
                 f"{fitted.longest:g}.",
                 fix="pass a shorter duration, in the unit of the times of the fit.",
+            )
+        if n > 1 and n_futures > 1:
+            raise ConfigError(
+                f"`n_futures` is {n_futures}, and the duration takes {n} steps, each with several futures.",
+                fix=f"pass n_futures=1, or a duration of at most {fitted.longest:g}.",
             )
         if n > 1:
             warnings.warn(
@@ -533,15 +558,18 @@ class WorldModel:
     def _step(
         self,
         before: Outcome,
-        vector: NDArray[np.float64],
+        encoded: tuple[NDArray[np.float64], NDArray[np.float32]],
         duration: float,
         *,
+        number: int,
         n_futures: int,
         rng: np.random.Generator,
     ) -> Outcome:
         """What becomes of cells in one step, with the change of expression added up."""
         fitted = self._known()
-        futures, chances, linear = _futures(fitted, before.states, vector, duration)
+        where = "" if number == 0 else f"before step {number + 1}"
+        _warn_if_unlike(fitted.known.share_outside(before.states), where)
+        futures, chances, linear = _futures(fitted, before.states, encoded, duration)
         if n_futures == 1:
             draws = rng.random(len(chances))[:, None]
             chosen = np.minimum((chances.cumsum(1) < draws).sum(1), chances.shape[1] - 1)[:, None]
@@ -551,7 +579,7 @@ class WorldModel:
         after = futures[rows, chosen.ravel()]
         decode = self._decoder.expression
         by_readout = READOUT_SHARE * (decode(linear) - decode(before.states)) - decode(linear)
-        by_features = fitted.features(before.states, vector, duration) @ fitted.expression
+        by_features = fitted.features(before.states, encoded[0], duration) @ fitted.expression
         change = before.change + by_readout + by_features
         return Outcome(
             after,
@@ -565,6 +593,7 @@ class WorldModel:
         adata: AnnData,
         profiles: NDArray[np.float32],
         outcome: Outcome,
+        keep: NDArray[np.bool_] | None,
         *,
         action: str | None,
         n_futures: int,
@@ -584,10 +613,17 @@ class WorldModel:
         return AnnData(
             profiles[rows] + change,
             obs=obs,
-            var=pd.DataFrame(index=np.array(self.model.genes, dtype=object)),
+            var=self._var(keep),
             obsm={OBSM_KEY: outcome.states.astype(np.float32)},
             layers={"change": change},
         )
+
+    def _var(self, keep: NDArray[np.bool_] | None) -> pd.DataFrame:
+        """Table of the genes of the model, and whether the cells had them."""
+        import pandas as pd
+
+        index = np.array(self.model.genes, dtype=object)
+        return pd.DataFrame({"genejepa_measured": np.ones(len(index), dtype=bool) if keep is None else keep}, index)
 
     def __repr__(self) -> str:
         if self._fitted is None:
@@ -626,79 +662,32 @@ class Outcome:
         return cls(states.astype(np.float64), np.zeros((n, 1)), np.zeros(n, dtype=np.int64), np.ones(n))
 
 
-def gene_vectors_of(model: GeneJEPA) -> dict[str, NDArray[np.float64]]:
-    """Identity of each gene: what it is to the predictor and to the read-out, each of unit mean square."""
-    assert model.jepa is not None
-    parts = [model.jepa.predictor.gene_queries.detach().numpy(), model.jepa.readout.linear.weight.detach().numpy()]
-    vectors = np.concatenate([part / np.sqrt(np.square(part).mean()) for part in parts], 1, dtype=np.float64)
-    return dict(zip(model.genes, vectors, strict=True))
-
-
-class FastDynamics:
-    """A transition network as planning uses it: populations and numbers of actions.
-
-    Parameters
-    ----------
-    vectors
-        Of the actions to choose from, (n_actions,) each.
-    seed
-        For the draws that choose a future for each cell; they are the same in every evaluation, so that sequences are
-        compared on equal terms.
-    """
-
-    def __init__(self, network: TransitionNetwork, vectors: Sequence[NDArray[np.float64]], *, seed: int) -> None:
-        self.network, self.seed = network, seed
-        self.vectors = torch.tensor(np.stack(vectors), dtype=torch.float32)
-
-    @property
-    def n_actions(self) -> int:
-        """Actions to choose from."""
-        return len(self.vectors)
-
-    @plain_arithmetic()
-    @torch.no_grad()
-    def step(self, populations: Tensor, actions: Tensor) -> Tensor:
-        """Populations, (n, n_cells, dim), after one action each, (n,)."""
-        n, n_cells, dim = populations.shape
-        vectors = self.vectors[actions].repeat_interleave(n_cells, 0)
-        flat = populations.flatten(0, 1)
-        chances = self.network.chances(flat, vectors)
-        draws = np.random.default_rng([self.seed, _FUTURES_STREAM, 2]).permutation(n_cells)
-        level = torch.from_numpy((draws + 0.5) / n_cells).float().repeat(n)[:, None]
-        chosen = (chances.cumsum(1) < level).sum(1).clamp_max(self.network.n_codes - 1)
-        after = self.network.of_future(flat, vectors, torch.ones(n * n_cells), chosen)
-        return after.view(n, n_cells, dim)
-
-    def imagined(self, start: Tensor, actions: Sequence[int]) -> NDArray[np.float32]:
-        """Populations before any action and after each, (n_actions + 1, n_cells, dim)."""
-        found = [start]
-        for action in actions:
-            found.append(self.step(found[-1][None], torch.tensor([action]))[0])
-        return np.stack([population.numpy() for population in found])
-
-
 @plain_arithmetic()
 @torch.no_grad()
 def _futures(
-    fitted: Fitted, states: NDArray[np.float64], vector: NDArray[np.float64], duration: float
+    fitted: Fitted,
+    states: NDArray[np.float64],
+    encoded: tuple[NDArray[np.float64], NDArray[np.float32]],
+    duration: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Every future, (n, n_codes, dim), its probability, (n, n_codes), and the linear prediction, (n, dim)."""
     z = torch.tensor(states, dtype=torch.float32)
-    action = torch.tensor(vector, dtype=torch.float32).expand(len(z), -1)
+    action = torch.tensor(encoded[0], dtype=torch.float32).expand(len(z), -1)
+    logits = torch.from_numpy(encoded[1]).expand(len(z), -1)
     durations = torch.full((len(z),), duration)
-    after, _ = fitted.network(z, action, durations)
+    after = fitted.network(z, action, durations)
     linear = z + fitted.network.linear(z, action, durations)
-    chances = fitted.network.chances(z, action)
+    chances = fitted.network.chances(z, action, logits)
     return after.double().numpy(), chances.double().numpy(), linear.double().numpy()
 
 
-def _warn_if_unlike(fitted: Fitted, states: NDArray[np.floating]) -> None:
-    share = fitted.known.share_outside(states)
+def _warn_if_unlike(share: float, where: str) -> None:
     if share > _MANY:
         warnings.warn(
-            f"Extrapolation: {share:.0%} of the cells are unlike those that transitions were learnt from.",
+            f"Extrapolation: {where and where + ', '}{share:.0%} of the cells are unlike those that transitions were "
+            "learnt from.",
             ExtrapolationWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

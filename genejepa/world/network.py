@@ -18,12 +18,12 @@ _CODE_DIM = 8
 class TransitionNetwork(nn.Module):
     r"""Change of a state under an action, for every value of a discrete latent variable.
 
-    .. math:: \hat z_k = z + \tau \, [\text{linear}(z, a) + \text{linear}_k(z, a) + g f(z, a, k)]
+    .. math:: \hat z_k = z + \tau \, [\text{linear}_k(z, a) + g f(z, a, k)]
 
-    with ``linear`` the ridge regression of all cells, ``linear_k`` what that of the cells with future ``k`` has more,
-    ``f`` a perceptron that starts at zero, ``tau`` the duration, and ``g`` in [0, 1] how far ``f`` is believed. An
-    action of strength 0 changes nothing. The probabilities of the futures are those of the action, times a factor that
-    depends on the state if that is believed, too. A latent variable of few values is the simplest one whose information
+    with ``linear_k`` the ridge regression of the cells with future ``k``, ``f`` a perceptron that starts at zero,
+    ``tau`` the duration, and ``g`` in [0, 1] how far ``f`` is believed. An action of strength 0 changes nothing. The
+    probabilities of the futures are those of the action, times a factor that depends on the state if that is believed,
+    too. A latent variable of few values is the simplest one whose information
     is limited, without which it could explain any outcome (LeCun 2022, "A path towards autonomous machine
     intelligence", sec. 4.5.3).
 
@@ -32,11 +32,9 @@ class TransitionNetwork(nn.Module):
     features
         Of the linear start.
     coefficients : (n_features, dim)
-        Of the linear start.
-    places : (n_codes, n_features, dim)
-        What the coefficients of each future have more.
-    prior_of_action : (n_actions, n_codes)
-        Log probabilities of the futures of each action; they add up over the parts of an action.
+        Of the ridge regression of all cells.
+    by_future : (n_codes, n_features, dim)
+        Of that of the cells with each future.
     hidden
         Width of the perceptron.
     """
@@ -46,15 +44,12 @@ class TransitionNetwork(nn.Module):
     coefficients: Tensor
     gate: Tensor
     prior_gate: Tensor
-    prior_of_action: Tensor
-    places: Tensor
+    by_future: Tensor
     scale: Tensor
 
-    def __init__(
-        self, features: Features, coefficients: Tensor, places: Tensor, prior_of_action: Tensor, *, hidden: int
-    ) -> None:
+    def __init__(self, features: Features, coefficients: Tensor, by_future: Tensor, *, hidden: int) -> None:
         super().__init__()
-        dim, (n_actions, n_codes) = len(features.centre), prior_of_action.shape
+        dim, n_actions, n_codes = len(features.centre), len(features.shared), len(by_future)
         self.n_codes = n_codes
         self.register_buffer("centre", torch.tensor(features.centre, dtype=torch.float32))
         self.register_buffer("scale", torch.tensor(features.variance**0.5, dtype=torch.float32))
@@ -63,7 +58,7 @@ class TransitionNetwork(nn.Module):
         self.register_buffer("gate", torch.ones(()))
         self.register_buffer("prior_gate", torch.ones(()))
         self.codes = nn.Parameter(torch.randn(n_codes, _CODE_DIM))
-        self.register_buffer("places", places)
+        self.register_buffer("by_future", by_future)
         self.first = nn.Linear(dim + n_actions + _CODE_DIM, hidden)
         self.second = nn.Linear(hidden, hidden)
         # An action scales the units of both layers: what it does depends on the state in its own way (FiLM, Perez et
@@ -73,7 +68,6 @@ class TransitionNetwork(nn.Module):
         self.correction_out = nn.Linear(hidden, dim)
         self.prior = nn.Sequential(nn.Linear(dim + n_actions, hidden), nn.SiLU())
         self.prior_out = nn.Linear(hidden, n_codes)
-        self.register_buffer("prior_of_action", prior_of_action)
         for layer in (self.correction_out, self.prior_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -84,7 +78,7 @@ class TransitionNetwork(nn.Module):
         return duration[:, None] * torch.cat([action, by_state], 1)
 
     def linear(self, z: Tensor, action: Tensor, duration: Tensor) -> Tensor:
-        """Linear change, (n, dim), of states (n, dim) under actions (n, n_actions) for durations (n,)."""
+        """Mean change over futures, (n, dim), of states (n, dim) under actions (n, n_actions) for durations (n,)."""
         return self._features(z, action, duration) @ self.coefficients
 
     def correction(self, z: Tensor, action: Tensor, duration: Tensor, future: Tensor) -> Tensor:
@@ -98,28 +92,26 @@ class TransitionNetwork(nn.Module):
 
     def starts(self, z: Tensor, action: Tensor, duration: Tensor) -> Tensor:
         """States by the linear start of every future, (n, n_codes, dim)."""
-        features = self._features(z, action, duration)
-        places = torch.einsum("nf,kfd->nkd", features, self.places)
-        return (z + features @ self.coefficients)[:, None] + places
+        return z[:, None] + torch.einsum("nf,kfd->nkd", self._features(z, action, duration), self.by_future)
 
     def of_future(self, z: Tensor, action: Tensor, duration: Tensor, future: Tensor) -> Tensor:
         """States after, (n, dim), of states (n, dim), each in the future that is named for it, (n,)."""
         start = self.starts(z, action, duration)[torch.arange(len(z)), future]
         return start + self.correction(z, action, duration, future)
 
-    def forward(self, z: Tensor, action: Tensor, duration: Tensor) -> tuple[Tensor, Tensor]:
-        """States of every future, (n, n_codes, dim), and the log probabilities of these, (n, n_codes)."""
+    def forward(self, z: Tensor, action: Tensor, duration: Tensor) -> Tensor:
+        """States of every future, (n, n_codes, dim)."""
         each = [torch.full((len(z),), future) for future in range(self.n_codes)]
         corrected = torch.stack([self.correction(z, action, duration, future) for future in each], 1)
-        return self.starts(z, action, duration) + corrected, self.log_prior(z, action)
+        return self.starts(z, action, duration) + corrected
 
-    def log_prior(self, z: Tensor, action: Tensor) -> Tensor:
-        """Log probabilities of the futures, (n, n_codes)."""
+    def log_prior(self, z: Tensor, action: Tensor, logits: Tensor) -> Tensor:
+        """Log probabilities of the futures, (n, n_codes); `logits`, (n, n_codes), are those of the action."""
         by_state: Tensor = self.prior_out(self.prior(torch.cat([(z - self.centre) / self.scale, action], 1)))
-        return (self.prior_gate * by_state + action @ self.prior_of_action).log_softmax(-1)
+        return (self.prior_gate * by_state + logits).log_softmax(-1)
 
-    def chances(self, z: Tensor, action: Tensor) -> Tensor:
+    def chances(self, z: Tensor, action: Tensor, logits: Tensor) -> Tensor:
         """Probabilities of the futures, (n, n_codes), without those below a tenth, which is no future."""
-        likely = self.log_prior(z, action).exp()
+        likely = self.log_prior(z, action, logits).exp()
         likely = torch.where(likely >= SMALLEST_SHARE, likely, torch.zeros(()))
         return likely / likely.sum(-1, keepdim=True)

@@ -20,7 +20,8 @@ class Plan:
     sequences
         Names of the actions of each sequence, the best sequence first; an empty one does nothing.
     costs : (n_sequences,)
-        Energy distance of the population that is imagined at the end to the goal, plus the price of the actions.
+        Energy distance of the population that is imagined at the end to the goal, in the latent
+        (:func:`genejepa.world.planning.energy_distance`), plus the price of the actions.
     distances
         For each sequence, the energy distance to the goal before any action and after each, (n_actions + 1,).
     populations
@@ -30,7 +31,11 @@ class Plan:
     method
         How sequences were searched.
     n_evaluations
-        Populations that were put through a predictor.
+        Populations that were put through a predictor. The teaching of a slow predictor, once for each choice of
+        actions, is not counted.
+    unlike : (n_sequences,)
+        Share of the cells, in the population that has most, that were unlike those of the fit when something was done
+        to them; what comes after is extrapolated.
     """
 
     sequences: list[tuple[str, ...]]
@@ -40,6 +45,7 @@ class Plan:
     goal: NDArray[np.float32]
     method: str
     n_evaluations: int
+    unlike: NDArray[np.float64]
 
     @property
     def best(self) -> tuple[str, ...]:
@@ -48,7 +54,7 @@ class Plan:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row for each sequence: actions, their number, distance to the goal at the end, and cost."""
+        """One row for each sequence: actions, their number, distance to the goal at the end, cost, unlike cells."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -57,6 +63,7 @@ class Plan:
                 "n_actions": [len(sequence) for sequence in self.sequences],
                 "distance": [float(distances[-1]) for distances in self.distances],
                 "cost": self.costs,
+                "unlike": self.unlike,
             },
             index=pd.RangeIndex(1, len(self.sequences) + 1, name="rank"),
         )

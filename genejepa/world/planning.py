@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from genejepa._arithmetic import plain_arithmetic
+from genejepa.config import LARGEST_NUMPY_SEED, at_least
 from genejepa.errors import ConfigError, DataError
+from genejepa.world.actions import is_finite_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +42,9 @@ _N_AGREE: Final = 2
 _N_SUBGOALS: Final = 3
 """Different first sub-goals from which a hierarchical search goes on."""
 
+_N_AHEAD: Final = 2
+"""Macro-actions that a hierarchical search looks ahead: to a sub-goal and beyond."""
+
 _RESOLUTION: Final = 1e-6
 """Costs that differ by less than this part of the first distance are equal: less is rounding."""
 
@@ -57,8 +62,12 @@ class Dynamics(Protocol):
     def n_actions(self) -> int:
         """Number of actions; they are numbered from 0."""
 
-    def step(self, populations: Tensor, actions: Tensor) -> Tensor:
-        """Populations after one action each, (n, n_cells, dim), of populations (n, n_cells, dim) and actions (n,)."""
+    def step(self, populations: Tensor, actions: Tensor, depth: int, /) -> Tensor:
+        """Populations after one action each, (n, n_cells, dim), of populations (n, n_cells, dim) and actions (n,).
+
+        ``depth`` actions were taken before: what is drawn may depend on it, so that draws of different steps are
+        independent, and those of one step the same for all sequences.
+        """
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,8 @@ class Search:
     candidates
         Different sequences, the best first.
     n_evaluations
-        Number of populations that were stepped, by all dynamics together.
+        Number of populations that were stepped, by all dynamics together; what slow dynamics were taught with before
+        is not in it.
     method
         How the sequences were searched.
     """
@@ -144,7 +154,7 @@ class _Tree:
         self._kept: dict[Actions, Tensor] = {}
 
     def populations(self, sequences: Sequence[Actions]) -> Tensor:
-        """Populations after different sequences, (n, n_cells, dim)."""
+        """Populations after different sequences of one length, (n, n_cells, dim)."""
         found = {actions: self._kept[actions] for actions in sequences if actions in self._kept}
         missing = [actions for actions in sequences if actions and actions not in found]
         if missing:
@@ -152,7 +162,7 @@ class _Tree:
             rows = {actions: row for row, actions in enumerate(parents)}
             before = self.populations(parents)[[rows[actions[:-1]] for actions in missing]]
             last = torch.tensor([actions[-1] for actions in missing], device=before.device)
-            made = dict(zip(missing, self.dynamics.step(before, last), strict=True))
+            made = dict(zip(missing, self.dynamics.step(before, last, len(missing[0]) - 1), strict=True))
             self.n_evaluations += len(missing)
             self._keep(made)
             found |= made
@@ -166,11 +176,17 @@ class _Tree:
 
 
 class _Costs:
-    """Costs of the sequences looked at so far, and of their beginnings, for one goal."""
+    """Costs of the sequences looked at so far, and of their beginnings, for one goal.
 
-    def __init__(self, tree: _Tree, goal: Tensor, action_cost: float) -> None:
-        self.tree, self.goal, self.action_cost = tree, goal, action_cost
+    Only sequences that begin with the root are of interest.
+    """
+
+    def __init__(
+        self, tree: _Tree, goal: Tensor, action_cost: float, root: Actions = (), *, prunes: bool = True
+    ) -> None:
+        self.tree, self.goal, self.action_cost, self.root, self.prunes = tree, goal, action_cost, root, prunes
         self._distances: dict[Actions, float] = {}
+        self._least = np.inf
         self.visit([()])
         self._resolution = _RESOLUTION * self._distances[()]
 
@@ -182,6 +198,14 @@ class _Costs:
             for chunk in _chunks(list(new), self.tree.width):
                 distances = energy_distance(self.tree.populations(chunk), self.goal).nan_to_num(torch.inf, torch.inf)
                 self._distances.update(zip(chunk, distances.tolist(), strict=True))
+                own = [self._cost(actions) for actions in chunk if actions[: len(self.root)] == self.root]
+                self._least = min([self._least, *own])
+
+    def longest(self, most: int, *, distance: float = 0.0) -> int:
+        """Actions, at most `most`, in a sequence that could still be the best one if it came this close to the goal."""
+        if not self.prunes or self.action_cost == 0 or not np.isfinite(self._least):
+            return most
+        return min(most, int(np.ceil((self._least - distance) / self.action_cost)) - 1)
 
     def order(self, actions: Actions) -> tuple[float, int, Actions]:
         """What sequences are sorted by: cost, number of actions, actions."""
@@ -189,9 +213,9 @@ class _Costs:
         coarse = round(cost / self._resolution) if self._resolution and np.isfinite(cost) else cost
         return coarse, len(actions), actions
 
-    def best(self, n: int | None = None, root: Actions = ()) -> list[Actions]:
-        """The best sequences of those looked at that begin with a root; None for all."""
-        rooted = [actions for actions in self._distances if actions[: len(root)] == root]
+    def best(self, n: int | None = None) -> list[Actions]:
+        """The best sequences of those looked at; None for all."""
+        rooted = [actions for actions in self._distances if actions[: len(self.root)] == self.root]
         return heapq.nsmallest(len(rooted) if n is None else n, rooted, key=self.order)
 
     def candidate(self, actions: Actions) -> Candidate:
@@ -235,7 +259,7 @@ def search(
         What an action costs, in units of the energy distance. The cost of a sequence is its last distance plus that of
         its actions; ties are broken by fewer actions, then by their numbers.
     method
-        ``"exhaustive"`` looks at all sequences.
+        ``"exhaustive"`` looks at all sequences but those whose actions alone cost more than the best one found.
 
         ``"cross_entropy"`` (Rubinstein 1999, doi:10.1023/A:1010091220143) draws from shares of the actions at each
         step, to stop being one of them, and sets these to the shares among the best sequences drawn. Once these are all
@@ -244,7 +268,8 @@ def search(
         ``"hierarchical"`` searches macro-actions first. What the first of them leads to is a sub-goal of the actions
         (LeCun 2022, "A path towards autonomous machine intelligence", section 4.7). Macro-actions are searched again
         from where the actions arrive; the last actions aim at the goal itself. A goal that no sequence of
-        macro-actions comes near may be missed.
+        macro-actions comes near may be missed. It starts with all sequences of up to `span` actions, and ends there if
+        longer ones would not pay even if they came as near as other cells of the goal would be.
 
         ``"auto"`` is exhaustive for up to 10,000 sequences, else it uses cross-entropy.
     slow, span
@@ -266,13 +291,13 @@ def search(
     DataError
         If a population has another shape, or a value that is not finite.
     """
-    n_best, seed, horizon = at_least("n_best", n_best, 1), at_least("seed", seed, 0), at_least("horizon", horizon, 1)
-    _check_method(method, slow, span, horizon)
-    _check_populations(start, goal)
-    if not (np.isfinite(action_cost) and action_cost >= 0):
+    check_search(method, horizon=horizon, span=span, action_cost=action_cost, n_best=n_best, seed=seed)
+    if method == "hierarchical" and slow is None:
         raise ConfigError(
-            f"`action_cost` is {action_cost!r}, expected a number of at least 0.", fix="pass action_cost=0.0."
+            "the hierarchical search has no `slow`, expected dynamics of macro-actions.",
+            fix="pass slow and span, or method='auto'.",
         )
+    _check_populations(start, goal)
     if method == "auto":
         few = _n_sequences(dynamics.n_actions, horizon) <= _MOST_SEQUENCES
         method = "exhaustive" if few else "cross_entropy"
@@ -284,42 +309,33 @@ def search(
         elif method == "cross_entropy":
             _sample(costs, (), horizon, seed)
         elif slow is not None and span is not None:
-            n_slow = _climb(costs, slow, (), span, seed)
+            n_slow = _climb(costs, slow, (), span, seed, near=_nearest(goal, len(start)))
         candidates = tuple(costs.candidate(actions) for actions in costs.best(n_best))
     return Search(candidates, costs.tree.n_evaluations + n_slow, method)
 
 
-def at_least(name: str, value: int, minimum: int) -> int:
-    """Return a whole number, or refuse what is none or is too small.
+def check_search(method: str, *, horizon: int, span: int | None, action_cost: float, n_best: int, seed: int) -> None:
+    """Refuse what :func:`search` cannot do.
 
     Raises
     ------
     ConfigError
-        If it is.
+        If a number is out of range, the method is unknown, or the hierarchical one has no shorter `span`.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+    at_least("n_best", n_best, 1)
+    at_least("seed", seed, 0, high=LARGEST_NUMPY_SEED)
+    at_least("horizon", horizon, 1)
+    if not is_finite_number(action_cost) or action_cost < 0:
         raise ConfigError(
-            f"`{name}` is {value!r}, expected a whole number of at least {minimum}.", fix=f"pass {name}={minimum}."
+            f"`action_cost` is {action_cost!r}, expected a number of at least 0.", fix="pass action_cost=0.0."
         )
-    return int(value)
-
-
-def _check_method(method: str, slow: Dynamics | None, span: int | None, horizon: int) -> None:
     if method not in ("auto", *get_args(Method)):
         names = ", ".join(map(repr, ("auto", *get_args(Method))))
         raise ConfigError(f"`method` is {method!r}, expected one of {names}.", fix="pass method='auto'.")
-    if method != "hierarchical":
-        return
-    if slow is None or span is None:
-        raise ConfigError(
-            f"the hierarchical search has no `{'slow' if slow is None else 'span'}`, expected dynamics of "
-            "macro-actions and their length.",
-            fix="pass slow and span, or method='auto'.",
-        )
-    if at_least("span", span, 1) >= horizon:
+    if method == "hierarchical" and at_least("span", span, 1) >= horizon:
         raise ConfigError(
             f"`span` is {span} and `horizon` is {horizon}, expected a shorter span.",
-            fix=f"pass horizon={span + 1} or more, or method='auto'.",
+            fix=f"pass horizon={int(span or 0) + 1} or more, or method='auto'.",
         )
 
 
@@ -339,6 +355,15 @@ def _check_populations(start: Tensor, goal: Tensor) -> None:
             )
 
 
+def _nearest(goal: Tensor, n_cells: int) -> float:
+    """Energy distance that so many other cells of the population of the goal would have to it, on average."""
+    m = len(goal)
+    if m < 2:
+        return 0.0
+    between = float(_mean_distance(goal[None], goal[None])) * m / (m - 1)
+    return float(np.sqrt((1 / n_cells + 1 / m) * between))
+
+
 def _n_sequences(n_actions: int, horizon: int) -> int:
     """Number of sequences of one to `horizon` actions."""
     return sum(n_actions**length for length in range(1, horizon + 1))
@@ -356,10 +381,11 @@ def _exhaust(costs: _Costs, roots: Sequence[Actions], horizon: int) -> None:
     """Look at all sequences that go on from roots of equal length, some roots after the others to save memory."""
     n_actions = costs.tree.dynamics.n_actions
     for chunk in _chunks(roots, max(1, costs.tree.width // n_actions)):
+        if len(chunk[0]) >= costs.longest(horizon):  # the actions alone would cost more than the best sequence
+            return
         longer = [(*root, action) for root, action in product(chunk, range(n_actions))]
         costs.visit(longer)
-        if len(longer[0]) < horizon:
-            _exhaust(costs, longer, horizon)
+        _exhaust(costs, longer, horizon)
 
 
 def _sample(costs: _Costs, root: Actions, n_more: int, seed: int) -> None:
@@ -369,7 +395,8 @@ def _sample(costs: _Costs, root: Actions, n_more: int, seed: int) -> None:
     uniform = np.full((n_more, n_choices), 1 / n_choices)
     shares, ends = uniform, Counter[Actions]()
     for _ in range(_N_ROUNDS):
-        drawn = [(*root, *actions) for actions in _draw(shares, rng)]
+        most = costs.longest(len(root) + n_more)
+        drawn = [(*root, *actions)[: max(most, len(root))] for actions in _draw(shares, rng)]
         costs.visit(drawn)
         elites = heapq.nsmallest(_N_ELITES, drawn, key=costs.order)
         if elites[0] != elites[-1]:
@@ -401,21 +428,24 @@ def _shares(elites: Sequence[Actions], before: NDArray[np.float64]) -> NDArray[n
     return smoothed
 
 
-def _climb(costs: _Costs, slow: Dynamics, root: Actions, span: int, seed: int) -> int:
-    """Look at sequences that go on from a root by way of sub-goals; how many populations the slow dynamics stepped."""
+def _climb(costs: _Costs, slow: Dynamics, root: Actions, span: int, seed: int, *, near: float) -> int:
+    """Look at sequences that go on from a root by way of sub-goals; how many populations the slow dynamics stepped.
+
+    Nothing is gone on with if longer sequences could not be the best ones even if they came as near as `near`.
+    """
     left = costs.tree.horizon - len(root)
     _explore(costs, root, min(span, left), seed)
-    if left <= span:
+    if costs.longest(costs.tree.horizon, distance=near) <= len(root) + span:
         return 0
     subgoals, n_slow = _subgoals(costs, slow, root, span, seed)
     tried = {root}
     for subgoal in subgoals:
-        way = _Costs(costs.tree, subgoal, costs.action_cost)
+        way = _Costs(costs.tree, subgoal, costs.action_cost, root)
         _explore(way, root, span, seed)
-        reached = way.best(1, root)[0]
+        reached = way.best(1)[0]
         if reached not in tried:
             tried.add(reached)
-            n_slow += _climb(costs, slow, reached, span, seed)
+            n_slow += _climb(costs, slow, reached, span, seed, near=near)
         # The first choice matters most; further ones would multiply.
         if len(tried) > (1 if root else _N_SUBGOALS):
             break
@@ -424,9 +454,10 @@ def _climb(costs: _Costs, slow: Dynamics, root: Actions, span: int, seed: int) -
 
 def _subgoals(costs: _Costs, slow: Dynamics, root: Actions, span: int, seed: int) -> tuple[Tensor, int]:
     """What the first macro-actions of plans of several lead to, the best plan first, and the populations stepped."""
-    n_macros = -(-(costs.tree.horizon - len(root)) // span)
+    n_macros = min(_N_AHEAD, -(-(costs.tree.horizon - len(root)) // span))
     tree = _Tree(slow, costs.tree.populations([root])[0], n_macros)
-    plans = _Costs(tree, costs.goal, costs.action_cost * span)
+    # Slow dynamics are not exact: that one macro-action seems to do is no reason not to look at several.
+    plans = _Costs(tree, costs.goal, costs.action_cost * span, prunes=False)
     _explore(plans, (), n_macros, seed)
     firsts = dict.fromkeys(plan[:1] for plan in plans.best(None) if len(plan) > 1)
     return tree.populations(list(firsts)), tree.n_evaluations

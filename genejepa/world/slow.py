@@ -25,8 +25,10 @@ _N_STEPS = 600
 _BATCH = 512
 _LEARNING_RATE, _WEIGHT_DECAY = 3e-3, 0.01
 _MOST_SEQUENCES = 4096
-_N_MACROS = 48
-_N_RECORDED = 20_000
+_N_MACROS = 20
+_N_SEQUENCES, _N_CELLS = 2000, 10
+"""Sequences that are imagined twice in a row, and cells of each: enough of them for all futures to occur."""
+
 _STREAM = 12
 """Keeps the random numbers of this training apart from those of other uses."""
 
@@ -89,7 +91,7 @@ class SlowDynamics:
 
     @plain_arithmetic()
     @torch.no_grad()
-    def step(self, populations: Tensor, actions: Tensor) -> Tensor:
+    def step(self, populations: Tensor, actions: Tensor, _depth: int = 0, /) -> Tensor:
         """Populations, (n, n_cells, dim), after one macro-action each, (n,)."""
         n, n_cells, dim = populations.shape
         macros = self.library[actions].repeat_interleave(n_cells, 0)
@@ -99,6 +101,8 @@ class SlowDynamics:
 
 def learn_slow(fast: Dynamics, states: Tensor, *, span: int, seed: int) -> SlowDynamics:
     """Teach a slow predictor what the fast one, which stays as it is, imagines over several actions.
+
+    Where there are several futures it learns their mean: it serves to find sub-goals.
 
     Parameters
     ----------
@@ -123,15 +127,15 @@ def learn_slow(fast: Dynamics, states: Tensor, *, span: int, seed: int) -> SlowD
 def _imagined(fast: Dynamics, states: Tensor, *, span: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """States before, random sequences of actions, states after, for twice ``span`` actions cut in two."""
     rng = np.random.default_rng([seed, _STREAM])
-    z = states[rng.integers(len(states), size=_N_RECORDED)]
+    cells = states[rng.integers(len(states), size=(_N_SEQUENCES, _N_CELLS))]
     found = []
-    for _ in range(2):
-        sequences = torch.from_numpy(rng.integers(fast.n_actions, size=(len(z), span)))
-        after = z
+    for half in range(2):
+        sequences = torch.from_numpy(rng.integers(fast.n_actions, size=(_N_SEQUENCES, span)))
+        after = cells
         for step in range(span):
-            after = fast.step(after[:, None], sequences[:, step])[:, 0]
-        found.append((z, sequences, after))
-        z = after
+            after = fast.step(after, sequences[:, step], half * span + step)
+        found.append((cells.flatten(0, 1), sequences.repeat_interleave(_N_CELLS, 0), after.flatten(0, 1)))
+        cells = after
     before, chosen, ends = (torch.cat(parts) for parts in zip(*found, strict=True))
     return before, chosen, ends
 

@@ -13,8 +13,9 @@ from genejepa.energy import ResidualScale
 from genejepa.model import GeneJEPA
 from genejepa.persistence import json_to_bytes, model_from_files, model_to_files, tensors_from_bytes, tensors_to_bytes
 from genejepa.world.actions import ActionSpace
-from genejepa.world.decoder import PlausibleStates
+from genejepa.world.decoder import PlausibleStates, gene_vectors_of
 from genejepa.world.fitting import HIDDEN, Fitted, KnownStates
+from genejepa.world.futures import FutureShares
 from genejepa.world.linear import Features
 from genejepa.world.network import TransitionNetwork
 from genejepa.world.transitions import Keys
@@ -52,6 +53,7 @@ def save_world(directory: Path, model: GeneJEPA, fitted: Fitted, *, overwrite: b
         "unit": fitted.unit,
         "longest": fitted.longest,
         "largest_distance": fitted.known.largest,
+        "futures": [[list(parts), shares.tolist()] for parts, shares in fitted.shares.of_known.items()],
         "facts": fitted.facts,
     }
     scale = fitted.plausible.scale
@@ -71,13 +73,8 @@ def save_world(directory: Path, model: GeneJEPA, fitted: Fitted, *, overwrite: b
     write_bundle(directory, files, kind=_KIND, version=_VERSION, overwrite=overwrite)
 
 
-def load_world(directory: Path, gene_vectors: Any) -> tuple[GeneJEPA, Fitted]:
+def load_world(directory: Path) -> tuple[GeneJEPA, Fitted]:
     """Read what :func:`save_world` wrote; nothing in it is executed.
-
-    Parameters
-    ----------
-    gene_vectors
-        Makes the identity vectors of the genes from the model.
 
     Raises
     ------
@@ -92,7 +89,7 @@ def load_world(directory: Path, gene_vectors: Any) -> tuple[GeneJEPA, Fitted]:
     numbers = parse_json(files[_NUMBERS], directory / _NUMBERS)
     tensors = tensors_from_bytes(files[_ARRAYS], directory / _ARRAYS)
     try:
-        fitted = _fitted(numbers, tensors, gene_vectors(model))
+        fitted = _fitted(numbers, tensors, gene_vectors_of(model))
         dim, n_genes = model.embedding_dim, len(model.genes)
         if fitted.known.states.shape[1] != dim or fitted.expression.shape[1] != n_genes:
             raise ValueError(f"its arrays are not those of a model with {dim} dimensions and {n_genes} genes")
@@ -118,7 +115,7 @@ def _fitted(
     features = Features(centre, float(weights["scale"]) ** 2, weights["shared"].double().numpy())
     if len(features.shared) != space.dim:
         raise ValueError(f"there are weights of {len(features.shared)} actions, expected {space.dim}")
-    start = (weights[name] for name in ("coefficients", "places", "prior_of_action"))
+    start = (weights[name] for name in ("coefficients", "by_future"))
     network = TransitionNetwork(features, *start, hidden=HIDDEN)
     network.load_state_dict(weights)
     scale = ResidualScale(arrays["residual_mean"].astype(np.float64), arrays["residual_precision"].astype(np.float64))
@@ -128,8 +125,16 @@ def _fitted(
         unit=float(numbers["unit"]),
         longest=float(numbers["longest"]),
         network=network.eval(),
+        shares=_shares(numbers["futures"], network.n_codes),
         expression=arrays["expression"],
         plausible=PlausibleStates(scale),
         known=KnownStates(arrays["known"], float(numbers["largest_distance"])),
         facts=dict(numbers["facts"]),
     )
+
+
+def _shares(stored: Any, n_codes: int) -> FutureShares:
+    found = {tuple(parts): np.array(shares, dtype=np.float64) for parts, shares in stored}
+    if not found or any(shares.shape != (n_codes,) for shares in found.values()):
+        raise ValueError(f"the shares of the futures are not those of {n_codes}")
+    return FutureShares(found)

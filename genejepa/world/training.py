@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from genejepa.world.futures import FutureShares
     from genejepa.world.network import TransitionNetwork
 
 _TRANSITIONS_PER_STEP = 32
@@ -45,7 +46,10 @@ class Example:
         Chances of the futures for the mode that each cell before is in.
     weight : (n,)
         Sums to 1.
+    parts
+        Names of what was done.
     action : (n_actions,)
+        Its vector.
     duration
         In the unit of the model.
     kind
@@ -59,6 +63,7 @@ class Example:
     future: Tensor
     chance: Tensor
     weight: NDArray[np.float64]
+    parts: tuple[str, ...]
     action: Tensor
     duration: float
     kind: int
@@ -76,8 +81,9 @@ class Example:
 class Steps(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Batches by step; what is in one depends on the seed and the step alone."""
 
-    def __init__(self, examples: Sequence[Example], *, n_steps: int, seed: int) -> None:
+    def __init__(self, examples: Sequence[Example], shares: FutureShares, *, n_steps: int, seed: int) -> None:
         self.examples, self.n_steps, self.seed = examples, n_steps, seed
+        self.logits = [torch.from_numpy(shares.logits(example.parts)) for example in examples]
 
     def __len__(self) -> int:
         return self.n_steps
@@ -89,11 +95,12 @@ class Steps(torch.utils.data.Dataset[dict[str, Tensor]]):
         rng = np.random.default_rng([self.seed, _STREAM, step])
         n = min(_TRANSITIONS_PER_STEP, len(self.examples))
         n_pairs = max(_PAIRS_PER_STEP // n, _FEWEST_PAIRS)
-        chosen = [self.examples[k] for k in rng.choice(len(self.examples), n, replace=False)]
         parts = []
-        for example in chosen:
+        for number in rng.choice(len(self.examples), n, replace=False):
+            example = self.examples[number]
             pairs = example.draw(n_pairs, rng)
-            follower = self.examples[rng.choice(example.followers)] if example.followers else example
+            next_number = rng.choice(example.followers) if example.followers else number
+            follower = self.examples[next_number]
             ends = follower.draw(n_pairs, rng)
             parts.append(
                 {
@@ -102,10 +109,12 @@ class Steps(torch.utils.data.Dataset[dict[str, Tensor]]):
                     "future": example.future[pairs],
                     "chance": example.chance[pairs],
                     "action": example.action,
+                    "logits": self.logits[number],
                     "duration": torch.tensor(example.duration),
                     "kind": torch.tensor(example.kind),
                     "has_follower": torch.tensor(bool(example.followers)),
                     "next_action": follower.action,
+                    "next_logits": self.logits[next_number],
                     "next_duration": torch.tensor(follower.duration),
                     "next_after": follower.after[ends],
                 }
@@ -146,16 +155,16 @@ class TransitionModule(LightningModule):
         flat = network.of_future(before, action, duration, future)
         loss = ((flat - after) / network.scale).square().mean()
         # Not the future of the pair: which cell of a mode goes where is decided by transport, and is no knowledge.
-        loss = loss + nn.functional.cross_entropy(network.log_prior(before, action), batch["chance"].flatten(0, 1))
+        likely = network.log_prior(before, action, batch["logits"].repeat_interleave(n_pairs, 0))
+        loss = loss + nn.functional.cross_entropy(likely, batch["chance"].flatten(0, 1))
         predicted = flat.view(n, n_pairs, dim)
         loss = loss + _SET * set_distance(predicted, batch["after"], network.scale).mean()
         if self.n_kinds > 1:
             loss = loss + _INVERSE * self._inverse_loss(batch, predicted)
         follows = batch["has_follower"]
         if bool(follows.any()):
-            second = self._second_step(
-                predicted[follows], batch["next_action"][follows], batch["next_duration"][follows]
-            )
+            following = (batch[name][follows] for name in ("next_action", "next_logits", "next_duration"))
+            second = self._second_step(predicted[follows], *following)
             loss = loss + _ROLLOUT * set_distance(second, batch["next_after"][follows], network.scale).mean()
         return loss
 
@@ -165,11 +174,11 @@ class TransitionModule(LightningModule):
         told = self.inverse(torch.cat([before, after], -1) / self.network.scale)
         return 2 * nn.functional.cross_entropy(told, batch["kind"].repeat(2))
 
-    def _second_step(self, states: Tensor, action: Tensor, duration: Tensor) -> Tensor:
+    def _second_step(self, states: Tensor, action: Tensor, logits: Tensor, duration: Tensor) -> Tensor:
         """Most probable futures, (n, n_pairs, dim), of predicted states."""
         n, n_pairs, dim = states.shape
         z, actions = states.flatten(0, 1), action.repeat_interleave(n_pairs, 0)
-        likely = self.network.log_prior(z, actions).argmax(-1)
+        likely = self.network.log_prior(z, actions, logits.repeat_interleave(n_pairs, 0)).argmax(-1)
         after = self.network.of_future(z, actions, duration.repeat_interleave(n_pairs), likely)
         return after.view(n, n_pairs, dim)
 
@@ -197,8 +206,10 @@ def set_distance(predicted: Tensor, true: Tensor, scale: Tensor) -> Tensor:
     return distance
 
 
-def train_network(network: TransitionNetwork, examples: Sequence[Example], *, n_steps: int, seed: int) -> None:
-    """Train a network in place."""
+def train_network(
+    network: TransitionNetwork, examples: Sequence[Example], shares: FutureShares, *, n_steps: int, seed: int
+) -> None:
+    """Train a network in place, with the shares of the futures as what the probabilities of these start from."""
     if n_steps == 0:
         return
     kinds = 1 + max(example.kind for example in examples)
@@ -206,7 +217,7 @@ def train_network(network: TransitionNetwork, examples: Sequence[Example], *, n_
         torch.manual_seed(seed)
         module = TransitionModule(network, n_kinds=kinds, n_steps=n_steps)
         batches = torch.utils.data.DataLoader(
-            Steps(examples, n_steps=n_steps, seed=seed), batch_size=None, shuffle=False
+            Steps(examples, shares, n_steps=n_steps, seed=seed), batch_size=None, shuffle=False
         )
         run_steps(module, batches)
     network.eval()
@@ -270,7 +281,7 @@ class Belief:
 
     @plain_arithmetic()
     @torch.no_grad()
-    def add(self, network: TransitionNetwork, example: Example) -> None:
+    def add(self, network: TransitionNetwork, example: Example, shares: FutureShares) -> None:
         """Look at one transition that was left out."""
         n = len(example.before)
         action, duration = example.action.expand(n, -1), torch.full((n,), example.duration)
@@ -280,6 +291,6 @@ class Belief:
         left = example.after - network.starts(example.before, action, duration)[rows, example.future]
         self.with_truth += float(weight @ (left * correction).sum(-1))
         self.with_itself += float(weight @ correction.square().sum(-1))
-        by_action = (action @ network.prior_of_action).log_softmax(-1)
-        self.by_state -= float(weight @ (example.chance * network.log_prior(example.before, action)).sum(-1))
-        self.by_action -= float(weight @ (example.chance * by_action).sum(-1))
+        logits = torch.from_numpy(shares.logits(example.parts)).expand(n, -1)
+        self.by_state -= float(weight @ (example.chance * network.log_prior(example.before, action, logits)).sum(-1))
+        self.by_action -= float(weight @ (example.chance * logits).sum(-1))

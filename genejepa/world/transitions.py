@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from genejepa.data.slots import as_text, obs_column
+from genejepa.data.slots import SEPARATOR, as_text, obs_column
 from genejepa.errors import ConfigError, DataError, DataWarning
-from genejepa.world.actions import SEPARATOR, Action
+from genejepa.world.actions import Action
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,7 +140,7 @@ class Transition:
 
 
 def populations(adata: AnnData, keys: Keys) -> list[Population]:
-    """Populations of an AnnData, sorted; cells with a missing value in one of the columns are in none.
+    """Populations of an AnnData, sorted; cells without a group or an action are in none.
 
     Raises
     ------
@@ -216,6 +216,8 @@ def transitions(found: list[Population], keys: Keys) -> list[Transition]:
         else:
             earlier = [population.moment for population in own if population.moment < target.moment]
             if not earlier:
+                if all(population.moment == target.moment for population in own):
+                    orphans.append(target)
                 continue
             source = _before(target, [population for population in own if population.moment == max(earlier)])
         if source is None:
@@ -226,7 +228,7 @@ def transitions(found: list[Population], keys: Keys) -> list[Transition]:
     if orphans:
         warnings.warn(
             f"{len(orphans)} of {len(found)} populations are left out, because they have fewer than {FEWEST_CELLS} "
-            f"cells or their group has nothing they could come from: {_listed(orphans)}.",
+            f"cells or their group has nothing they could come from or become: {_listed(orphans)}.",
             DataWarning,
             stacklevel=4,
         )

@@ -52,6 +52,12 @@ def test_all_cells_are_one_group(adata: ad.AnnData, ax: Axes) -> None:
     assert names(ax) == ["all cells (90)"]
 
 
+def test_energies_that_are_texts(adata: ad.AnnData, ax: Axes) -> None:
+    adata.obs["energy"] = adata.obs["energy"].astype(str).replace(adata.obs["energy"].astype(str).iloc[0], "high")
+    with pytest.raises(DataError, match=r"holds 1 values that are not positive numbers"):
+        pl.energy(adata, ax=ax)
+
+
 def test_what_cannot_be_drawn(adata: ad.AnnData, ax: Axes) -> None:
     with pytest.raises(MissingKeyError, match="did you mean 'energy'"):
         pl.energy(adata, key="energies", ax=ax)

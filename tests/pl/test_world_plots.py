@@ -51,6 +51,7 @@ def make_plan(*sequences: tuple[str, ...], shifts: dict[str, list[float]] = SHIF
         goal=goal.astype(np.float32),
         method="exhaustive",
         n_evaluations=9,
+        unlike=np.zeros(len(sequences)),
     )
 
 

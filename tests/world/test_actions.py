@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,6 +173,22 @@ def test_an_unseen_gene_is_a_mixture_of_the_known_ones(genes: dict[str, NDArray[
         pair = space.encode(Action(("g1", "g5")))
     assert len(warned) == 1
     np.testing.assert_allclose(pair, twin + np.eye(4)[1])
+
+
+def test_an_unseen_gene_has_doses_like_the_known_ones(rng: np.random.Generator) -> None:
+    """Weights may be negative; a dose is a number whatever they are, and the largest dose is that without doses."""
+    for _ in range(50):
+        genes = {f"g{number}": vector for number, vector in enumerate(rng.normal(size=(5, 8)))}
+        doses = np.array([1.0, 1.0, 1.0, 1000.0])
+        space = replace(space_of("g0", "g1", "g2", "g3", genes=genes), largest_dose=doses, has_doses=True)
+        with pytest.warns(ExtrapolationWarning, match="never perturbed"):
+            plain = space_of("g0", "g1", "g2", "g3", genes=genes).encode(Action(("g4",)))
+        with pytest.warns(ExtrapolationWarning, match="never perturbed"):
+            dosed = space.encode(Action(("g4",), 1.0))
+        np.testing.assert_allclose(dosed, plain * [1, 1, 1, np.log(2) / np.log(1001)])
+        with pytest.warns(ExtrapolationWarning) as caught:
+            space.encode(Action(("g4",), 1001.0))
+        assert "dose 1001 of 'g4' is above the largest one seen, 1000" in str(caught[-1].message)
 
 
 def test_what_is_no_gene_among_genes_is_refused(genes: dict[str, NDArray[np.float64]]) -> None:

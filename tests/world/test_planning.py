@@ -37,7 +37,7 @@ class Hidden:
     def n_actions(self) -> int:
         return len(self.table)
 
-    def step(self, populations: Tensor, actions: Tensor) -> Tensor:
+    def step(self, populations: Tensor, actions: Tensor, depth: int, /) -> Tensor:
         self.n_stepped += len(populations)
         here = torch.cdist(populations.mean(1), self.points).argmin(1)
         return populations + (self.points[self.table[actions, here]] - self.points[here])[:, None]
@@ -72,10 +72,10 @@ class Macro:
     def n_actions(self) -> int:
         return len(self.words)
 
-    def step(self, populations: Tensor, actions: Tensor) -> Tensor:
+    def step(self, populations: Tensor, actions: Tensor, depth: int, /) -> Tensor:
         self.n_stepped += len(populations)
         for position in range(self.words.shape[1]):
-            populations = self.fast.step(populations, self.words[actions, position])
+            populations = self.fast.step(populations, self.words[actions, position], position)
         return populations
 
 
@@ -207,7 +207,7 @@ def test_candidates_say_what_they_cost_best_first_and_once() -> None:
         population, distances = problem.start[None], []
         for action in (None, *candidate.actions):
             if action is not None:
-                population = problem.dynamics.step(population, torch.tensor([action]))
+                population = problem.dynamics.step(population, torch.tensor([action]), 0)
             distances.append(energy_distance(population, problem.goal).item())
         np.testing.assert_allclose(candidate.distances, distances, atol=1e-5)
         assert candidate.cost == pytest.approx(candidate.distances[-1] + COST * len(candidate.actions))
@@ -249,7 +249,7 @@ class Turns:
 
     n_actions = 8
 
-    def step(self, populations: Tensor, actions: Tensor) -> Tensor:
+    def step(self, populations: Tensor, actions: Tensor, depth: int, /) -> Tensor:
         moves = torch.tensor([[*range(i), i + 1, i, *range(i + 2, 8)] for i in range(7)] + [[7, *range(7)]])
         return populations.gather(2, moves[actions][:, None].expand(-1, populations.shape[1], -1))
 
@@ -260,7 +260,7 @@ def test_learning_where_to_look_beats_chance_among_many_sequences(monkeypatch: p
         centre = torch.linspace(-2, 2, 8)[None, None]
         goal = centre
         for action in rng.integers(8, size=6):
-            goal = Turns().step(goal, torch.tensor([action]))
+            goal = Turns().step(goal, torch.tensor([action]), 0)
         start, goal = (x[0] + torch.from_numpy(NOISE * rng.normal(size=(N_CELLS, 8))).float() for x in (centre, goal))
         found = search(Turns(), start, goal, horizon=6, action_cost=COST)
         assert found.method == "cross_entropy"
@@ -283,7 +283,7 @@ def test_no_sequence_is_stepped_twice() -> None:
 
         n_actions = 6
 
-        def step(self, populations: Tensor, actions: Tensor) -> Tensor:
+        def step(self, populations: Tensor, actions: Tensor, depth: int, /) -> Tensor:
             after = populations.roll(1, dims=2)
             after[:, :, 0] = actions[:, None] + 1.0
             seen.update(tuple(row) for row in after[:, 0].tolist())
@@ -332,8 +332,8 @@ def test_sub_goals_lead_over_three_segments_although_the_slow_model_errs() -> No
     start, goal = line.cells(1, rng), line.cells(9, rng)
 
     class Biased(Macro):
-        def step(self, populations: Tensor, actions: Tensor) -> Tensor:
-            return super().step(populations, actions) + 0.3
+        def step(self, populations: Tensor, actions: Tensor, depth: int, /) -> Tensor:
+            return super().step(populations, actions, depth) + 0.3
 
     slow = Biased(line, [(0, 0, 0), (1, 1, 1), (0, 1, 0)])
     found = search(line, start, goal, horizon=9, action_cost=COST, method="hierarchical", slow=slow, span=3)
@@ -359,17 +359,27 @@ def test_equal_seeds_give_equal_results(method: Any, monkeypatch: pytest.MonkeyP
 
 def test_what_is_not_finite_comes_last() -> None:
     class Explosive(Hidden):
-        def step(self, populations: Tensor, actions: Tensor) -> Tensor:
-            after = super().step(populations, actions)
+        def step(self, populations: Tensor, actions: Tensor, depth: int, /) -> Tensor:
+            after = super().step(populations, actions, depth)
             after[actions == 1] = torch.nan
             return after
 
     world = Explosive(torch.tensor([[0.0], [5.0]]), [[1, 1], [0, 0]])
     start, goal = world.points[:1].expand(3, -1), world.points[1:].expand(3, -1)
-    found = search(world, start, goal, horizon=2, action_cost=COST, n_best=10)
+    found = search(world, start, goal, horizon=2, action_cost=0.0, n_best=10)
     assert found.candidates[0].actions == (0,)
     assert [c.actions for c in found.candidates if c.cost == np.inf] == [(1,), (0, 1), (1, 0), (1, 1)]
     assert found.candidates[-1].actions == (1, 1)
+
+
+@pytest.mark.parametrize(("action_cost", "n_evaluations"), [(0.1, 2), (0.0, 2 + 4 + 8 + 16)])
+def test_actions_that_alone_cost_more_than_the_best_are_not_tried(action_cost: float, n_evaluations: int) -> None:
+    """One action reaches the goal, and costs 0.1: no longer sequence can be better."""
+    world = Hidden(torch.tensor([[0.0], [5.0]]), [[1, 0], [1, 0]])
+    start, goal = world.points[:1].expand(3, -1), world.points[1:].expand(3, -1)
+    found = search(world, start, goal, horizon=4, action_cost=action_cost, method="exhaustive")
+    assert found.candidates[0].actions == (0,)
+    assert found.n_evaluations == n_evaluations
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +398,7 @@ def easy() -> Problem:
         ({"action_cost": -0.1}, "`action_cost` is -0.1"),
         ({"action_cost": float("nan")}, "`action_cost` is nan"),
         ({"method": "hierarchical", "span": 1}, "no `slow`"),
-        ({"method": "hierarchical", "slow": MAZE}, "no `span`"),
+        ({"method": "hierarchical", "slow": MAZE}, "`span` is None"),
         ({"method": "hierarchical", "slow": MAZE, "span": 0}, "`span` is 0"),
         ({"method": "hierarchical", "slow": MAZE, "span": 2}, "expected a shorter span"),
     ],

@@ -29,7 +29,7 @@ class Pull:
     places = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]])
     n_actions = 3
 
-    def step(self, populations: Tensor, actions: Tensor) -> Tensor:
+    def step(self, populations: Tensor, actions: Tensor, _depth: int, /) -> Tensor:
         return 0.5 * (populations + self.places[actions][:, None])
 
 
@@ -40,21 +40,22 @@ def states_of(n: int, seed: int = 0) -> Tensor:
 def after(z: Tensor, sequences: Tensor) -> Tensor:
     """States after a sequence of actions each."""
     for step in range(sequences.shape[1]):
-        z = Pull().step(z[:, None], sequences[:, step])[:, 0]
+        z = Pull().step(z[:, None], sequences[:, step], step)[:, 0]
     return z
 
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slow, "_N_STEPS", 200)
-    monkeypatch.setattr(slow, "_N_RECORDED", 2000)
+    monkeypatch.setattr(slow, "_N_SEQUENCES", 200)
 
 
 @pytest.fixture(scope="module")
 def learnt() -> SlowDynamics:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slow, "_N_STEPS", 300)
-        patch.setattr(slow, "_N_RECORDED", 3000)
+        patch.setattr(slow, "_N_SEQUENCES", 300)
+        patch.setattr(slow, "_N_MACROS", 48)
         return learn_slow(Pull(), states_of(200), span=SPAN, seed=0)
 
 
@@ -79,6 +80,25 @@ def test_macro_actions_stand_for_sequences(learnt: SlowDynamics) -> None:
     apart = torch.cdist(ends.flatten(1), truth.flatten(1))
     assert len(set(apart.argmin(1).tolist())) > 20
     assert apart.min(1).values.max() < 0.5 * torch.cdist(truth.flatten(1), truth.flatten(1)).mean()
+
+
+class Split(Pull):
+    """One action, after which the cells of a population go both ways, one as many as the other."""
+
+    n_actions = 1
+
+    def step(self, populations: Tensor, actions: Tensor, _depth: int, /) -> Tensor:
+        n_cells = populations.shape[1]
+        way = torch.where(torch.arange(n_cells) < n_cells / 2, 5.0, -5.0)
+        return populations + way[:, None]
+
+
+@torch.no_grad()
+def test_where_cells_go_several_ways_the_mean_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow, "_N_STEPS", 300)
+    z = states_of(100)
+    after = learn_slow(Split(), z, span=1, seed=0).step(z[None], torch.tensor([0]))[0]
+    assert (after - z).mean().abs() < 1.5  # of cells that are stepped alone all would go one way
 
 
 def test_a_large_library_is_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +127,7 @@ def test_ctrl_c_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
         learn_slow(Pull(), states_of(50), span=2, seed=0)
 
 
+@pytest.mark.filterwarnings("ignore:Extrapolation. later:genejepa.errors.ExtrapolationWarning")
 def test_a_hierarchical_plan_of_a_world(
     world: WorldModel, untreated: AnnData, draw_cells: Callable[..., AnnData]
 ) -> None:

@@ -135,6 +135,12 @@ def test_small_populations_are_left_out() -> None:
         assert found(adata, ACTION) == ["x, control -> x, A"]
 
 
+def test_a_group_of_one_time_is_left_out() -> None:
+    adata = cells("group time", ("x", 0), ("x", 1), ("y", 1))
+    with pytest.warns(DataWarning, match=r"1 of 3 populations .* y, control at 1 \(4 cells\)"):
+        assert found(adata, TIME) == ["x, control at 0 -> x, control at 1"]
+
+
 def test_a_group_without_a_control_is_left_out() -> None:
     adata = cells("group action", ("x", "ctrl"), ("x", "A"), ("y", "A"))
     with pytest.warns(DataWarning, match=r"1 of 3 populations .* y, A \(4 cells\)"):
