@@ -238,9 +238,13 @@ class _Training:
                 f"`training` has shape {self.values.shape}, expected at least 2 cells and 2 genes.",
                 fix="pass all cells that the method may have seen, over all genes.",
             )
-        # Of cells that are all equal the share of explained variance is 0 / 0.
+        # An exact solver for dense and sparse values alike; it cannot start where all cells are equal, and where the
+        # share of explained variance is 0 / 0.
+        varies = (self.values.max(axis=0) - self.values.min(axis=0)).max() > 0
+        values = self.values if varies else _dense(self.values)
         with np.errstate(invalid="ignore"):
-            self._components = PCA(self.n_components, random_state=seed).fit(self.values)
+            solver = "arpack" if varies else "full"
+            self._components = PCA(self.n_components, svd_solver=solver, random_state=seed).fit(values)
         self.groups = np.full(adata.n_obs, "") if group_key is None else _labels(adata, group_key)
 
     def cells(self, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 
 from genejepa._arithmetic import plain_arithmetic
 from genejepa.world.decoder import PlausibleStates
-from genejepa.world.futures import FutureShares, futures_of, modes_of
+from genejepa.world.futures import FutureShares, futures_of, modes_of, usual_futures
 from genejepa.world.linear import Features, Sample, folds_of, ridge
 from genejepa.world.network import TransitionNetwork
 from genejepa.world.training import Belief, Example, train_network
@@ -172,6 +172,7 @@ class Fitting:
             "n_transitions": len(self.pairs),
             "n_groups": len(set(groups)),
             "n_actions": len(self.space.names),
+            "n_followed": sum(bool(example.followers) for example in self.examples),
             "n_futures": network.n_codes,
             "gate": belief.gate,
             "prior_gate": belief.prior_gate,
@@ -223,7 +224,8 @@ class Fitting:
                 [self.states[self.cells[k][1]] for k in numbers],
                 most=most,
             )
-            found |= dict(zip(numbers, labels, strict=True))
+            usual = usual_futures(labels, [self.matched[k] for k in numbers])
+            found |= dict(zip(numbers, usual, strict=True))
         n_futures = 1 + max(int(future.max()) for future, _ in found.values())
         return [(found[k][0], found[k][1][:, :n_futures]) for k in range(len(self.pairs))]
 

@@ -24,6 +24,9 @@ _CLEAR = 4.0
 SMALLEST_SHARE = 0.1
 """Share of the cells from one place that go somewhere, below which that is no future."""
 
+_N_DEVIATIONS = 2.0
+"""A future has more cells than the numbers of cells in a mode differ by chance, by so many standard deviations."""
+
 _NEVER = 1e-3
 """Added to the share of every future, so that the log probability of one that does not occur is finite."""
 
@@ -123,11 +126,11 @@ def futures_of(
 ) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Number of the future of each pair of cells, and the chances of all, for all transitions by one action.
 
-    A future is a mode of the cells after that at least a tenth of those from one mode before go to, if there is more
-    than one such. Within a mode, transport decides which cell goes where, and that is no knowledge. Futures of these
-    transitions, of any dose, have the same number if the change is alike; those of other actions have nothing to do
-    with them. Where there is only one, its number is 0, as that of the most frequent one of the transition that has
-    most.
+    A future is a mode of the cells after that at least a tenth of those from one mode before go to, and more than by
+    chance, if there is more than one such. Within a mode, transport decides which cell goes where, and that is
+    no knowledge. Futures of these transitions, of any dose, have the same number if the change is alike; those of other
+    actions have nothing to do with them. Where there is only one, its number is 0, as that of the most frequent one of
+    the transition that has most.
 
     Parameters
     ----------
@@ -173,15 +176,44 @@ def futures_of(
     return list(zip(found, chances, strict=True))
 
 
+def usual_futures(
+    found: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]], pairs: Sequence[Pairs]
+) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Futures from :func:`futures_of` without those that do not occur in most of the transitions.
+
+    They could not be expected of another group, and the effect of the action on those that have them would be learnt
+    from a part of their cells. These pairs count to the most frequent future.
+    """
+    shares = np.stack(
+        [np.bincount(future, own.weight, chance.shape[1]) for (future, chance), own in zip(found, pairs, strict=True)]
+    )
+    usual = np.median(shares, axis=0)
+    kept = usual >= SMALLEST_SHARE
+    if not kept.any():
+        return list(found)
+    numbers = np.cumsum(kept) - 1
+    numbers[~kept] = numbers[usual.argmax()]
+    merged = []
+    for future, chance in found:
+        chances = np.zeros_like(chance)
+        np.add.at(chances.T, numbers, chance.T)
+        merged.append((numbers[future], chances))
+    return merged
+
+
 def _ends(pairs: Pairs, before: NDArray[np.int64], after: NDArray[np.int64]) -> dict[int, list[int]]:
     """Modes after that each mode before goes to, the most frequent first."""
     mass = np.zeros((before.max() + 1, after.max() + 1))
     np.add.at(mass, (before[pairs.before], after[pairs.after]), pairs.weight)
     found = {}
+    # Populations are samples: by chance alone, transport has to move this share of all cells into or out of a mode.
+    expected = np.minimum(mass.sum(0), 1.0)
+    chance = _N_DEVIATIONS * np.sqrt(expected * (1 - expected) * (1 / len(before) + 1 / len(after)))
     for origin in np.flatnonzero(mass.sum(1)):
         share = mass[origin] / mass[origin].sum()
         order = np.argsort(-share, kind="stable")
-        found[int(origin)] = [int(mode) for mode in order if share[mode] >= SMALLEST_SHARE] or [int(order[0])]
+        several = (share >= SMALLEST_SHARE) & (mass[origin] > chance)
+        found[int(origin)] = [int(mode) for mode in order if several[mode]] or [int(order[0])]
     return found
 
 

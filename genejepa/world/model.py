@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
@@ -16,7 +17,7 @@ from genejepa._constants import OBSM_KEY
 from genejepa._memory import memory_errors
 from genejepa.config import LARGEST_NUMPY_SEED, at_least
 from genejepa.data.inputs import as_anndata
-from genejepa.data.slots import as_text
+from genejepa.data.slots import SEPARATOR, as_text
 from genejepa.errors import ConfigError, DataError, ExtrapolationWarning, NotFittedError
 from genejepa.world.actions import Action, ActionSpace, is_finite_number
 from genejepa.world.decoder import Decoder, gene_vectors_of
@@ -76,6 +77,13 @@ class WorldModel:
     """
 
     def __init__(self, model: GeneJEPA) -> None:
+        from genejepa.model import GeneJEPA
+
+        if not isinstance(model, GeneJEPA):
+            raise ConfigError(
+                f"`model` is of type {type(model).__name__}, expected a GeneJEPA.",
+                fix="pass a trained model, such as GeneJEPA.load('out/model').",
+            )
         if not model.is_trained:
             raise NotFittedError("the model is not trained.", fix="call `model.train()` first.")
         self.model = model
@@ -264,10 +272,12 @@ class WorldModel:
         adata = as_anndata(adata)
         states, profiles, keep = self._read(adata, matching)
         rng = np.random.default_rng([seed, _FUTURES_STREAM])
-        outcome = Outcome.of_states(states)
-        for number, step in enumerate(steps):
-            outcome = self._step(outcome, encoded, step, number=number, n_futures=n_futures, rng=rng)
-        return self._as_anndata(adata, profiles, outcome, keep, action=action, n_futures=n_futures)
+        outcome, unlike = Outcome.of_states(states), []
+        for step in steps:
+            unlike.append(fitted.known.share_outside(outcome.states))
+            outcome = self._step(outcome, encoded, step, n_futures=n_futures, rng=rng)
+        _warn_if_unlike(fitted, unlike)
+        return self._as_anndata(adata, profiles, outcome, keep, action=self._name_of(action), n_futures=n_futures)
 
     def rollout(
         self,
@@ -288,17 +298,20 @@ class WorldModel:
         -------
         One AnnData, as from :meth:`predict`, for every step.
         """
-        self._current()
+        fitted = self._current()
         at_least("seed", seed, 0, high=LARGEST_NUMPY_SEED)
-        _require_names(actions)
+        actions = _names(actions)
         adata = as_anndata(adata)
         encoded = [self._encoded(action, None) for action in actions]
         states, profiles, keep = self._read(adata, matching)
         rng = np.random.default_rng([seed, _FUTURES_STREAM])
-        outcome, found = Outcome.of_states(states), []
-        for number, (action, own) in enumerate(zip(actions, encoded, strict=True)):
-            outcome = self._step(outcome, own, 1.0, number=number, n_futures=1, rng=rng)
-            found.append(self._as_anndata(adata, profiles, outcome, keep, action=action, n_futures=1))
+        outcome, unlike, found = Outcome.of_states(states), [], []
+        for action, own in zip(actions, encoded, strict=True):
+            unlike.append(fitted.known.share_outside(outcome.states))
+            outcome = self._step(outcome, own, 1.0, n_futures=1, rng=rng)
+            name = self._name_of(action)
+            found.append(self._as_anndata(adata, profiles, outcome, keep, action=name, n_futures=1))
+        _warn_if_unlike(fitted, unlike)
         return found
 
     def expression(self, adata: AnnData | str | Path, **matching: Unpack[MatchingOptions]) -> AnnData:
@@ -378,8 +391,7 @@ class WorldModel:
         fitted = self._current()
         at_least("n_cells", n_cells, 2)
         check_search(method, horizon=horizon, span=span, action_cost=action_cost, n_best=n_best, seed=seed)
-        _require_names(actions)
-        names = self._plannable(actions)
+        names = self._plannable(None if actions is None else _names(actions))
         vectors, logits = (np.stack(each) for each in zip(*(self._encoded(name, None) for name in names), strict=True))
         fast = FastDynamics(fitted.network, vectors, logits, seed=seed)
         rng = np.random.default_rng([seed, _FUTURES_STREAM, 1])
@@ -394,7 +406,7 @@ class WorldModel:
             begin,
             end,
             horizon=horizon,
-            action_cost=action_cost * apart,
+            action_cost=float(action_cost) * apart,
             method=method,
             slow=slow,
             span=span if slow is not None else None,
@@ -403,10 +415,7 @@ class WorldModel:
         )
         populations = [fast.imagined(begin, candidate.actions) for candidate in found.candidates]
         unlike = [[fitted.known.share_outside(cells) for cells in ways[:-1]] for ways in populations]
-        at_start = fitted.known.share_outside(first)
-        _warn_if_unlike(at_start, "")
-        if at_start <= _MANY:
-            _warn_if_unlike(max(unlike[0], default=0.0), "later in the best plan")
+        _warn_if_unlike(fitted, unlike[0] or [fitted.known.share_outside(first)])
         return Plan(
             sequences=[tuple(names[k] for k in candidate.actions) for candidate in found.candidates],
             costs=np.array([candidate.cost for candidate in found.candidates]),
@@ -444,7 +453,7 @@ class WorldModel:
         world._fitted = fitted
         return world
 
-    def _plannable(self, actions: Sequence[str] | None) -> list[str]:
+    def _plannable(self, actions: Sequence[str | None] | None) -> list[str]:
         """Names of the actions of a plan."""
         fitted = self._known()
         if fitted.space.has_doses:
@@ -452,7 +461,8 @@ class WorldModel:
                 "the actions have doses, and plans choose among actions of one dose.",
                 fix="name each action with its dose in a column of its own, and fit without `dose_key`.",
             )
-        names = list(fitted.space.names) if actions is None else list(dict.fromkeys(actions))
+        names = list(fitted.space.names) if actions is None else [self._name_of(action) for action in actions]
+        names = list(dict.fromkeys(names))
         if actions is None and fitted.space.has_time:
             names.append(fitted.keys.control or TIME)
         if not names:
@@ -508,16 +518,28 @@ class WorldModel:
     def _encoded(self, action: str | None, dose: float | None) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Vector of an action, and log probabilities of the futures after it."""
         fitted = self._known()
-        if action is None or (action == TIME and TIME not in fitted.space.names):
-            parsed = Action()
-        else:
-            parsed = Action.parse(as_text(action), control=fitted.keys.control, dose=dose)
+        parsed = self._parsed(action, dose)
+        if not parsed.parts and dose is not None:
+            raise ConfigError(
+                f"`dose` is {dose!r}, and `action` is {action!r}, which has none.", fix="leave `dose` out."
+            )
         if not parsed.parts and not fitted.space.has_time:
             raise ConfigError(
                 f"`action` is {action!r}, the control, which changes nothing without time.",
                 fix=f"pass one of the actions {', '.join(map(repr, fitted.space.names[:5]))}.",
             )
         return fitted.space.encode(parsed), fitted.shares.logits(parsed.parts)
+
+    def _parsed(self, action: str | None, dose: float | None = None) -> Action:
+        """An action by its name; there is one name for the passing of time if no action has it."""
+        fitted = self._known()
+        if action is None or (action == TIME and TIME not in fitted.space.names):
+            return Action()
+        return Action.parse(as_text(action), control=fitted.keys.control, dose=dose)
+
+    def _name_of(self, action: str | None) -> str:
+        """The one name of an action that may be spelt in several ways."""
+        return SEPARATOR.join(self._parsed(action).parts) or self._known().keys.control or TIME
 
     def _in_units(self, duration: float | None) -> float:
         """Duration in the unit of the model."""
@@ -561,14 +583,11 @@ class WorldModel:
         encoded: tuple[NDArray[np.float64], NDArray[np.float32]],
         duration: float,
         *,
-        number: int,
         n_futures: int,
         rng: np.random.Generator,
     ) -> Outcome:
         """What becomes of cells in one step, with the change of expression added up."""
         fitted = self._known()
-        where = "" if number == 0 else f"before step {number + 1}"
-        _warn_if_unlike(fitted.known.share_outside(before.states), where)
         futures, chances, linear = _futures(fitted, before.states, encoded, duration)
         if n_futures == 1:
             draws = rng.random(len(chances))[:, None]
@@ -595,7 +614,7 @@ class WorldModel:
         outcome: Outcome,
         keep: NDArray[np.bool_] | None,
         *,
-        action: str | None,
+        action: str,
         n_futures: int,
     ) -> AnnData:
         import pandas as pd
@@ -605,7 +624,7 @@ class WorldModel:
         obs = adata.obs.iloc[rows].copy()
         if n_futures > 1:
             obs.index = [f"{name}-{k % n_futures}" for k, name in enumerate(obs.index)]
-        obs["genejepa_action"] = pd.Categorical([action or TIME] * len(obs))
+        obs["genejepa_action"] = pd.Categorical([action] * len(obs))
         obs["genejepa_future"] = outcome.future
         obs["genejepa_probability"] = outcome.probability.astype(np.float32)
         obs["genejepa_energy"] = self._known().plausible.energy(self._decoder, outcome.states)
@@ -681,13 +700,23 @@ def _futures(
     return after.double().numpy(), chances.double().numpy(), linear.double().numpy()
 
 
-def _warn_if_unlike(share: float, where: str) -> None:
-    if share > _MANY:
+def _warn_if_unlike(fitted: Fitted, unlike: Sequence[float]) -> None:
+    """Warn of shares of cells that are unlike those of the fit, before each step."""
+    where = "" if unlike and unlike[0] > _MANY else None
+    if len(unlike) > 1 and fitted.facts["n_followed"] == 0:
         warnings.warn(
-            f"Extrapolation: {where and where + ', '}{share:.0%} of the cells are unlike those that transitions were "
-            "learnt from.",
+            "Extrapolation: no transition of the fit starts where another one ends; nobody has seen a second step.",
             ExtrapolationWarning,
-            stacklevel=4,
+            stacklevel=3,
+        )
+    elif len(unlike) > 1 and max(unlike[1:]) > _MANY:
+        where = f"before step {1 + int(np.argmax(unlike))}, "
+    if where is not None:
+        share = max(unlike) if where else unlike[0]
+        warnings.warn(
+            f"Extrapolation: {where}{share:.0%} of the cells are unlike those that transitions were learnt from.",
+            ExtrapolationWarning,
+            stacklevel=3,
         )
 
 
@@ -696,6 +725,12 @@ def _n_steps(n_transitions: int) -> int:
     return min(max(300, 4 * n_transitions), 3000)
 
 
-def _require_names(actions: Sequence[str | None] | None) -> None:
+def _names(actions: object) -> list[str | None]:
+    """Names of actions as a list."""
     if isinstance(actions, str):
         raise ConfigError(f"`actions` is {actions!r}, expected a list of names.", fix=f"pass actions=[{actions!r}].")
+    given: list[object] = list(actions) if isinstance(actions, Iterable) else [actions]
+    names = [name for name in given if name is None or isinstance(name, str)]
+    if not isinstance(actions, Iterable) or len(names) < len(given):
+        raise ConfigError(f"`actions` is {actions!r}, expected a list of names.", fix="pass a list of texts.")
+    return names

@@ -18,6 +18,8 @@ from genejepa.errors import ConfigError, DataError, DataWarning
 from genejepa.world.actions import Action
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -174,6 +176,13 @@ def populations(adata: AnnData, keys: Keys) -> list[Population]:
     dose = _numbers(adata, keys.dose, of=treated, keys=keys) if keys.dose is not None else np.zeros(n_obs)
     if keys.dose is not None and (dose[treated] < 0).any():
         raise DataError(f"`obs[{keys.dose!r}]` has negative doses.", fix="give doses as numbers of at least 0.")
+    if keys.dose is not None:
+        largest = pd.Series(dose[treated]).groupby(name[treated].to_numpy()).max()
+        if (largest == 0).any():
+            raise DataError(
+                f"`obs[{keys.dose!r}]` is 0 for all cells with the action {largest.idxmin()!r}, expected one above 0.",
+                fix=f"call them controls, or give their dose in `obs[{keys.dose!r}]`.",
+            )
     if not known.all():
         n = int((~known).sum())
         warnings.warn(f"{n} of {n_obs} cells have no group or no action; they are left out.", DataWarning, stacklevel=4)
@@ -247,8 +256,7 @@ def match(before: NDArray[np.float32], after: NDArray[np.float32], rng: np.rando
     Exact transport with squared distances, between the populations as wholes or between random blocks of at most 1,000
     cells (mini-batch transport, Fatras et al. 2020, arXiv:1910.04091).
     """
-    import ot
-
+    ot = _transport()
     n_blocks = -(-max(len(before), len(after)) // _BLOCK)
     n_blocks = min(n_blocks, len(before), len(after))
     sources = np.array_split(rng.permutation(len(before)), n_blocks)
@@ -263,6 +271,15 @@ def match(before: NDArray[np.float32], after: NDArray[np.float32], rng: np.rando
         weights.append(plan[rows, columns] * len(i) / len(before))
     weight = np.concatenate(weights)
     return Pairs(np.concatenate(first), np.concatenate(second), weight / weight.sum())
+
+
+def _transport() -> ModuleType:
+    """POT, whose import draws from the global random numbers of numpy, which are the user's."""
+    state = np.random.get_state()  # noqa: NPY002
+    import ot
+
+    np.random.set_state(state)  # noqa: NPY002
+    return cast("ModuleType", ot)
 
 
 def _before(target: Population, previous: list[Population]) -> Population | None:

@@ -241,6 +241,18 @@ class TestScores:
         assert [far[name] for name in DISTANCES] == pytest.approx([near[name] for name in DISTANCES])
         assert far["weighted_mse"] > near["weighted_mse"] + 1
 
+    def test_storage_does_not_matter(self) -> None:
+        rng = np.random.default_rng(0)
+        cells = ad.AnnData(rng.poisson(1.0, (150, 80)).astype(np.float32))
+        cells.obs["action"] = ["ctrl"] * 75 + ["A"] * 75
+        cells.obs["group"] = (["x", "y"] * 75)[:150]
+        held = ((cells.obs["action"] == "A") & (cells.obs["group"] == "x")).to_numpy()
+        truth, seen = cells[held].copy(), cells[~held].copy()
+        thin = seen[::-1].copy()
+        thin.X = csr_matrix(thin.X)
+        dense, other = (by_action(truth, truth, own, group_key="group", n_components=20) for own in (seen, thin))
+        np.testing.assert_allclose(dense.drop(index="ceiling"), other.drop(index="ceiling"), atol=1e-4)
+
     def test_constant_values(self) -> None:
         """Cells that are all equal have no change, no spread and no kernel width."""
         same = np.ones(N_GENES)

@@ -146,6 +146,17 @@ def test_futures_of_one_action_are_the_same_for_all_doses(rng: np.random.Generat
         assert moved[:, 0].mean() > 8
 
 
+def test_what_a_minority_of_groups_does_is_no_future(rng: np.random.Generator) -> None:
+    """One type of four splits: which of its ends another type would go to, nobody knows."""
+    groups: list[Any] = []
+    for k in range(4):
+        before = cloud(rng, 120)
+        way = np.where(np.arange(120) % 3, 12.0, -12.0) if k == 3 else np.full(120, 4.0)
+        groups.append((f"g{k}", before, [(A, (before + way[:, None] * np.eye(DIM)[0]).astype(np.float32))]))
+    assert fitting_of(groups).n_futures == 1
+    assert fitting_of(groups[3:]).n_futures == 2
+
+
 SHARES = FutureShares({("A",): np.array([1.0, 0.0]), ("B",): np.array([0.4, 0.6]), ("C",): np.array([0.5, 0.5])})
 
 

@@ -127,7 +127,7 @@ def test_ctrl_c_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
         learn_slow(Pull(), states_of(50), span=2, seed=0)
 
 
-@pytest.mark.filterwarnings("ignore:Extrapolation. later:genejepa.errors.ExtrapolationWarning")
+@pytest.mark.filterwarnings("ignore:Extrapolation. no transition:genejepa.errors.ExtrapolationWarning")
 def test_a_hierarchical_plan_of_a_world(
     world: WorldModel, untreated: AnnData, draw_cells: Callable[..., AnnData]
 ) -> None:

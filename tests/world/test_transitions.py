@@ -94,6 +94,12 @@ def test_doses_are_populations_of_their_own() -> None:
     assert len(populations(adata, DOSE)[0].cells) == 8
 
 
+def test_doses_that_are_all_zero_are_refused() -> None:
+    adata = cells("action dose", ("ctrl", 0), ("A", 0), ("B", 0), ("B", 1))
+    with pytest.raises(DataError, match=r"(?s)`obs\['dose'\]` is 0 for all cells with the action 'A'.*\nFix: "):
+        populations(adata, DOSE)
+
+
 def test_every_cell_is_in_its_population(rng: np.random.Generator) -> None:
     obs = {"group": rng.choice(list("xyz"), 200), "action": rng.choice(["ctrl", "A", "B"], 200)}
     adata = cells("group action", *zip(*obs.values(), strict=True), n=1)

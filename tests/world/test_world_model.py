@@ -176,7 +176,7 @@ def test_longer_than_any_transition_is_several_steps(world_of_time: WorldModel, 
 
 def test_actions_one_after_the_other(world: WorldModel, untreated: AnnData) -> None:
     """All that was seen is what actions do to untreated cells."""
-    with pytest.warns(ExtrapolationWarning, match=r"before step 2, \d+% of the cells are unlike") as caught:
+    with pytest.warns(ExtrapolationWarning, match="nobody has seen a second step") as caught:
         first, second = world.rollout(untreated, ["A", "B"])
     assert len(caught) == 1
     np.testing.assert_array_equal(first.X, world.predict(untreated, "A").X)
@@ -278,6 +278,15 @@ def test_a_branch_is_not_lost_in_a_combination(fit: Fit, draw_cells: Draw) -> No
     assert ends == {True, False}
     for own in by_future:
         assert own[GENES["A"]].mean() > 0.5 * single
+
+
+def test_where_nothing_happens_there_is_one_future(model: GeneJEPA, draw_cells: Draw) -> None:
+    """Labels are drawn at random: types, which are modes, differ in number by chance alone."""
+    cells = draw_cells([(own, {}, {}) for own in TYPES], n=60, seed=21)
+    for seed in range(5):
+        cells.obs["condition"] = np.random.default_rng(seed).choice(["ctrl", "A"], cells.n_obs)
+        world = WorldModel(model).fit(cells, action_key="condition", control="ctrl", max_steps=0)
+        assert world.facts["n_futures"] == 1
 
 
 def test_one_future_on_request(fit: Fit, fork: AnnData) -> None:
@@ -727,6 +736,11 @@ def test_lists_of_actions_are_lists(world: WorldModel, untreated: AnnData) -> No
         world.rollout(untreated, "AB")
     with pytest.raises(ConfigError, match="`actions` is 'A'"):
         world.plan(untreated, untreated, "A")
+    for actions in (5, [["A"]], [b"A"]):
+        with pytest.raises(ConfigError, match=r"(?s)`actions` is .*\nFix: pass a list of texts"):
+            world.plan(untreated, untreated, actions)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"(?s)`actions` is None.*\nFix: pass a list of texts"):
+        world.rollout(untreated, None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="`actions` is empty"):
         world.plan(untreated, untreated, [])
     with pytest.raises(ConfigError, match="`seed` is -1"):
@@ -738,7 +752,7 @@ def test_lists_of_actions_are_lists(world: WorldModel, untreated: AnnData) -> No
 
 @added
 @pytest.mark.parametrize(("goal", "best"), [("A", {"A"}), ("B", {"B"}), ("A+B", {"A", "B"})])
-@pytest.mark.filterwarnings("ignore:Extrapolation. later:genejepa.errors.ExtrapolationWarning")
+@pytest.mark.filterwarnings("ignore:Extrapolation. no transition:genejepa.errors.ExtrapolationWarning")
 def test_plans_lead_to_the_goal(
     goal: str, best: set[str], world: WorldModel, untreated: AnnData, draw_cells: Draw
 ) -> None:
@@ -756,6 +770,22 @@ def test_plans_lead_to_the_goal(
 
 def test_nothing_is_done_where_the_goal_is_the_start(world: WorldModel, untreated: AnnData) -> None:
     assert world.plan(untreated, untreated, horizon=1).best == ()
+
+
+def test_an_action_has_one_name(world: WorldModel, untreated: AnnData) -> None:
+    plan = world.plan(untreated, untreated, ["A", " A", "A+ctrl", "ctrl + A"], horizon=1)
+    assert plan.sequences == [(), ("A",)]
+    assert world.predict(untreated, " A+ctrl").obs["genejepa_action"].unique().tolist() == ["A"]
+    assert world.plan(untreated, untreated, (name for name in ("A", "B")), horizon=1).sequences[0] == ()  # type: ignore[arg-type]
+
+
+def test_many_steps_are_warned_of_once(world_of_time: WorldModel, later: AnnData) -> None:
+    with pytest.warns(ExtrapolationWarning) as caught:
+        world_of_time.predict(where(later, time=0), duration=480)
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == 2
+    assert "it is predicted in 20 steps" in told[0]
+    assert "before step" in told[1]
 
 
 def test_letting_time_pass_is_a_step_of_a_plan(world_of_time: WorldModel, later: AnnData) -> None:
