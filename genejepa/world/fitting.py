@@ -156,15 +156,22 @@ class Fitting:
         self.before = states[np.unique(np.concatenate([own[0] for own in self.cells]))]
         self.features = Features.of(self.before, n_actions=space.dim)
         self.examples = self._examples(durations / self.unit, self._find_futures(most_futures))
-        self.n_futures = self.examples[0].chance.shape[1]
+
+    @property
+    def n_futures(self) -> int:
+        """Number of futures."""
+        return int(self.examples[0].chance.shape[1])
 
     def run(self, keys: Keys) -> Fitted:
         """Learn everything."""
         groups = [pair.group for pair in self.pairs]
+        fold_of = folds_of(groups, most=_GATE_FOLDS)
+        belief = self._belief(fold_of)
+        if not belief.prior_gate and self._keep_usual_futures():
+            belief = self._belief(fold_of)
         shares = FutureShares.of_examples(self.examples)
         linear, by_future = self._linear(self.examples)
         expression = self._expression(linear, by_future)
-        belief = self._belief(folds_of(groups, most=_GATE_FOLDS))
         network = self._trained(self.examples, linear, by_future, shares)
         network.gate.fill_(belief.gate)
         network.prior_gate.fill_(belief.prior_gate)
@@ -224,10 +231,33 @@ class Fitting:
                 [self.states[self.cells[k][1]] for k in numbers],
                 most=most,
             )
-            usual = usual_futures(labels, [self.matched[k] for k in numbers])
-            found |= dict(zip(numbers, usual, strict=True))
+            found |= dict(zip(numbers, labels, strict=True))
         n_futures = 1 + max(int(future.max()) for future, _ in found.values())
         return [(found[k][0], found[k][1][:, :n_futures]) for k in range(len(self.pairs))]
+
+    def _keep_usual_futures(self) -> bool:
+        """Leave out futures that most of the transitions by an action do not have; whether there were any."""
+        found = [(example.future.numpy(), example.chance.numpy().astype(np.float64)) for example in self.examples]
+        n_before = self.n_futures
+        for parts in {example.parts for example in self.examples}:
+            numbers = [number for number, example in enumerate(self.examples) if example.parts == parts]
+            usual = usual_futures([found[k] for k in numbers], [self.matched[k] for k in numbers])
+            for number, own in zip(numbers, usual, strict=True):
+                found[number] = own
+        n_futures = 1 + max(int(future.max()) for future, _ in found)
+        changed = any(
+            bool((example.future.numpy() != future).any())
+            for example, (future, _) in zip(self.examples, found, strict=True)
+        )
+        self.examples = [
+            replace(
+                example,
+                future=torch.from_numpy(future),
+                chance=torch.tensor(chance[:, :n_futures], dtype=torch.float32),
+            )
+            for example, (future, chance) in zip(self.examples, found, strict=True)
+        ]
+        return changed or n_futures < n_before
 
     def _examples(
         self, durations: NDArray[np.float64], futures: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]

@@ -181,8 +181,8 @@ def usual_futures(
 ) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Futures from :func:`futures_of` without those that do not occur in most of the transitions.
 
-    They could not be expected of another group, and the effect of the action on those that have them would be learnt
-    from a part of their cells. These pairs count to the most frequent future.
+    Unless states tell who has them, they could not be expected of another group, and the effect of the action would be
+    learnt from a part of the cells that have them. These pairs count to the most frequent future.
     """
     shares = np.stack(
         [np.bincount(future, own.weight, chance.shape[1]) for (future, chance), own in zip(found, pairs, strict=True)]
@@ -206,8 +206,8 @@ def _ends(pairs: Pairs, before: NDArray[np.int64], after: NDArray[np.int64]) -> 
     mass = np.zeros((before.max() + 1, after.max() + 1))
     np.add.at(mass, (before[pairs.before], after[pairs.after]), pairs.weight)
     found = {}
-    # Populations are samples: by chance alone, transport has to move this share of all cells into or out of a mode.
-    expected = np.minimum(mass.sum(0), 1.0)
+    # Populations of several kinds are samples: by chance alone, this share of all cells has to go to another mode.
+    expected = np.minimum(mass.sum(0), 1.0) * (before.max() > 0)
     chance = _N_DEVIATIONS * np.sqrt(expected * (1 - expected) * (1 / len(before) + 1 / len(after)))
     for origin in np.flatnonzero(mass.sum(1)):
         share = mass[origin] / mass[origin].sum()

@@ -153,8 +153,13 @@ def test_what_a_minority_of_groups_does_is_no_future(rng: np.random.Generator) -
         before = cloud(rng, 120)
         way = np.where(np.arange(120) % 3, 12.0, -12.0) if k == 3 else np.full(120, 4.0)
         groups.append((f"g{k}", before, [(A, (before + way[:, None] * np.eye(DIM)[0]).astype(np.float32))]))
-    assert fitting_of(groups).n_futures == 1
-    assert fitting_of(groups[3:]).n_futures == 2
+    many, one = fitting_of(groups), fitting_of(groups[3:])
+    assert many.n_futures == one.n_futures == 2
+    assert many._keep_usual_futures()
+    assert not one._keep_usual_futures()
+    assert (many.n_futures, one.n_futures) == (1, 2)
+    assert not any(example.future.any() for example in many.examples)
+    assert all(bool((example.chance == 1).all()) for example in many.examples)
 
 
 SHARES = FutureShares({("A",): np.array([1.0, 0.0]), ("B",): np.array([0.4, 0.6]), ("C",): np.array([0.5, 0.5])})
