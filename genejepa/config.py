@@ -249,11 +249,11 @@ def check_one_of(config: object, allowed: Sequence[str], *names: str) -> None:
 
 def at_least(name: str, value: object, low: int, *, high: int | None = None) -> int:
     """Return an argument, or raise :class:`ConfigError` if it is no whole number from ``low`` to ``high``."""
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_whole or value < low or (high is not None and value > high):  # type: ignore[operator]  # it is a number
+    number = None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
+    if number is None or number < low or (high is not None and number > high):
         most = "" if high is None else f" and at most {high}"
         raise ConfigError(f"`{name}` is {value!r}.", fix=f"give a whole number of at least {low}{most}.")
-    return int(value)  # type: ignore[call-overload, no-any-return]  # it is a number
+    return number
 
 
 def check_at_least(config: object, low: int, *names: str, high: int | None = None) -> None:

@@ -216,13 +216,18 @@ class Fitting:
         rng = np.random.default_rng([self.seed, _STREAM, number, 2])
         return match(self.states[before], self.states[after], rng)
 
+    def _by_parts(self) -> list[list[int]]:
+        """Numbers of the transitions by the same actions: all their doses have futures in common."""
+        found: dict[tuple[str, ...], list[int]] = {}
+        for number, pair in enumerate(self.pairs):
+            found.setdefault(pair.action.parts, []).append(number)
+        return list(found.values())
+
     def _find_futures(self, most: int) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
         """Future of each pair, (n_pairs,), and chances of all, (n_pairs, n_futures), for every transition."""
         modes = {key: modes_of(self.states[cells], most=most, seed=self.seed) for key, cells in self.chosen.items()}
         found: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
-        # Doses of the same actions have futures in common.
-        for parts in sorted({pair.action.parts for pair in self.pairs}):
-            numbers = [number for number, pair in enumerate(self.pairs) if pair.action.parts == parts]
+        for numbers in self._by_parts():
             labels = futures_of(
                 [self.matched[k] for k in numbers],
                 [modes[id(self.pairs[k].source)] for k in numbers],
@@ -238,10 +243,8 @@ class Fitting:
     def _keep_usual_futures(self) -> bool:
         """Leave out futures that most of the transitions by an action do not have; whether there were any."""
         found = [(example.future.numpy(), example.chance.numpy().astype(np.float64)) for example in self.examples]
-        n_before = self.n_futures
-        for parts in {example.parts for example in self.examples}:
-            numbers = [number for number, example in enumerate(self.examples) if example.parts == parts]
-            usual = usual_futures([found[k] for k in numbers], [self.matched[k] for k in numbers])
+        for numbers in self._by_parts():
+            usual = usual_futures([found[k] for k in numbers], [self.examples[k].weight for k in numbers])
             for number, own in zip(numbers, usual, strict=True):
                 found[number] = own
         n_futures = 1 + max(int(future.max()) for future, _ in found)
@@ -257,7 +260,7 @@ class Fitting:
             )
             for example, (future, chance) in zip(self.examples, found, strict=True)
         ]
-        return changed or n_futures < n_before
+        return changed
 
     def _examples(
         self, durations: NDArray[np.float64], futures: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]

@@ -177,7 +177,7 @@ def futures_of(
 
 
 def usual_futures(
-    found: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]], pairs: Sequence[Pairs]
+    found: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]], weights: Sequence[NDArray[np.float64]]
 ) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Futures from :func:`futures_of` without those that do not occur in most of the transitions.
 
@@ -185,7 +185,7 @@ def usual_futures(
     learnt from a part of the cells that have them. These pairs count to the most frequent future.
     """
     shares = np.stack(
-        [np.bincount(future, own.weight, chance.shape[1]) for (future, chance), own in zip(found, pairs, strict=True)]
+        [np.bincount(future, weight, chance.shape[1]) for (future, chance), weight in zip(found, weights, strict=True)]
     )
     usual = np.median(shares, axis=0)
     kept = usual >= SMALLEST_SHARE
